@@ -1,0 +1,43 @@
+# Every target does its own set-up through `make setup`.
+PY := .venv/bin/python
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+PYTHON ?= python3
+
+.PHONY: setup demo test unit check format protos clean
+.NOTPARALLEL:
+
+setup: .venv/.setup-stamp
+
+.venv/.setup-stamp: pyproject.toml constraints.txt
+	test -x $(PY) || $(PYTHON) -m venv .venv
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: setup
+	$(PY) -m examples.demo --out demo-out
+
+test: setup
+	$(PY) -m pytest tests
+
+unit: setup
+	$(PY) -m pytest tests/unit
+
+check: setup
+	ruff format --check .
+	ruff check .
+	mypy
+	lint-imports
+	buf lint
+	$(PY) scripts/generate_protos.py --check
+	$(PY) -m cbtm_coordinator.migrations check
+
+format: setup
+	ruff format .
+	ruff check --fix .
+
+protos: setup
+	$(PY) scripts/generate_protos.py
+
+clean:
+	rm -rf .venv demo-out .mypy_cache .ruff_cache .pytest_cache

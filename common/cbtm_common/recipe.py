@@ -1,0 +1,139 @@
+"""The recipe: what fixes the mathematics of training.
+
+A worker may choose micro-batch, accumulation, compile and device placement, never anything in here. A recipe
+is written in TOML, travels as canonical JSON, and is part of what a checkpoint is a function of.
+"""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from cbtm_common.errors import InvalidArgument
+
+
+class Decay(StrEnum):
+    LINEAR = "linear"
+    COSINE = "cosine"
+    CONSTANT = "constant"
+
+
+class Precision(StrEnum):
+    # bf16 autocast where the device has it; weights and optimizer state stay in float32.
+    BF16 = "bf16"
+    FP32 = "fp32"
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class OptimizerRecipe(_Strict):
+    """AdamW (Loshchilov & Hutter, 2019). Defaults are c-BTM's."""
+
+    learning_rate: float = Field(default=2e-4, gt=0)
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    beta2: float = Field(default=0.95, ge=0, lt=1)
+    epsilon: float = Field(default=1e-6, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    # Global norm; 0 turns clipping off.
+    gradient_clip: float = Field(default=1.0, ge=0)
+
+
+class ScheduleRecipe(_Strict):
+    """Learning rate: linear warm-up, then decay to `final_ratio` of the peak."""
+
+    warmup_steps: int = Field(default=0, ge=0)
+    decay: Decay = Decay.LINEAR
+    final_ratio: float = Field(default=0.0, ge=0, le=1)
+
+
+class SeedRecipe(_Strict):
+    """The SEED task of a run from scratch."""
+
+    # Share of the run's whole token budget that the seed phase takes; 0 for none.
+    fraction: float = Field(default=0.5, ge=0, lt=1)
+    # Peak learning rate of the seed phase; the optimizer's when unset.
+    learning_rate: float | None = Field(default=None, gt=0)
+    warmup_steps: int = Field(default=0, ge=0)
+
+
+class LeaseRecipe(_Strict):
+    """Bounds on leases, in seconds. They do not touch the mathematics."""
+
+    lease_seconds: float = Field(default=120.0, ge=2)
+    renew_seconds: float = Field(default=30.0, ge=0.2)
+    checkpoint_seconds: float = Field(default=600.0, ge=1)
+    max_attempts: int = Field(default=5, ge=1)
+
+    @model_validator(mode="after")
+    def _renew_before_expiry(self) -> LeaseRecipe:
+        if self.renew_seconds * 2 > self.lease_seconds:
+            raise ValueError("renew_seconds must be at most half of lease_seconds")
+        return self
+
+
+class RoutingRecipe(_Strict):
+    """Defaults for who uses the ensemble; the temperature of Eq. 2 and the experts in use."""
+
+    temperature: float = Field(default=0.1, gt=0)
+    top_k: int = Field(default=2, ge=1)
+
+
+class Recipe(_Strict):
+    """All of it. `steps` is of each expert; `global_batch` counts sequences of `sequence_length` tokens."""
+
+    sequence_length: int = Field(default=2048, ge=8)
+    global_batch: int = Field(default=32, ge=1)
+    steps: int = Field(default=1000, ge=1)
+    # Root of every random number of the run.
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    precision: Precision = Precision.BF16
+    # Dropout of the model while it trains; None keeps what its config says.
+    dropout: float | None = Field(default=None, ge=0, lt=1)
+    # Share of documents held out of training, by a hash of their ids.
+    held_out_fraction: float = Field(default=0.02, gt=0, lt=0.5)
+    optimizer: OptimizerRecipe = OptimizerRecipe()
+    schedule: ScheduleRecipe = ScheduleRecipe()
+    seed_phase: SeedRecipe = SeedRecipe()
+    lease: LeaseRecipe = LeaseRecipe()
+    routing: RoutingRecipe = RoutingRecipe()
+
+    def to_json(self) -> str:
+        """Canonical: sorted keys, no spaces; equal recipes give equal strings."""
+        return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str) -> Recipe:
+        """Raises InvalidArgument, naming the field."""
+        return cls._checked(json.loads(text), source="recipe_json")
+
+    @classmethod
+    def from_toml(cls, path: Path) -> Recipe:
+        """Raises InvalidArgument, naming the file and the field."""
+        try:
+            data = tomllib.loads(path.read_text("utf-8"))
+        except FileNotFoundError:
+            raise InvalidArgument(f"recipe: there is no file {path}", field="recipe") from None
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise InvalidArgument(f"recipe: {path} is not TOML: {error}", field="recipe") from error
+        return cls._checked(data, source=str(path))
+
+    @classmethod
+    def _checked(cls, data: Any, *, source: str) -> Recipe:
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            first = error.errors()[0]
+            field = ".".join(str(part) for part in first["loc"])
+            raise InvalidArgument(f"recipe: {source}: {field}: {first['msg']}", field=field) from error
+
+    def seed_steps(self, clusters: int) -> int:
+        """Steps of the SEED task so that it takes `seed_phase.fraction` of all training tokens."""
+        fraction = self.seed_phase.fraction
+        return round(self.steps * clusters * fraction / (1 - fraction))
