@@ -1,0 +1,188 @@
+"""Routers: from text to weights over clusters. The same object shards a corpus and weighs the ensemble.
+
+Saved as a directory: `router.json` (what and for which clusters) and `router.safetensors` (the numbers). Experts are
+bound to rows by cluster id, never by order of files.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from cbtm_common.errors import IntegrityError
+from cbtm_common.routing.embedding import Float32, Float64, TermEmbedding
+from cbtm_common.routing.mixture import Distance, keep_top, mixture_weights
+
+FORMAT = "cbtm-router-1"
+JSON_NAME = "router.json"
+TENSORS_NAME = "router.safetensors"
+
+
+class Router(Protocol):
+    """What the ensemble needs of a router. K clusters, in the order of `cluster_ids`."""
+
+    @property
+    def cluster_ids(self) -> tuple[str, ...]: ...
+
+    @property
+    def temperature(self) -> float: ...
+
+    def weights(
+        self,
+        texts: Sequence[str],
+        *,
+        top_k: int | None = None,
+        temperature: float | None = None,
+        distance: Distance = Distance.SQUARED,
+    ) -> Float64:
+        """[N, K], rows sum to 1, zeros outside the top k."""
+        ...
+
+    def prefix_weights(
+        self,
+        text: str,
+        ends: Sequence[int],
+        *,
+        top_k: int | None = None,
+        temperature: float | None = None,
+        distance: Distance = Distance.SQUARED,
+    ) -> Float64:
+        """[T, K]: row t is `weights([text[:ends[t]]])`, for all t in one pass. `ends` must not descend."""
+        ...
+
+    def save(self, directory: Path) -> None: ...
+
+
+class CentroidRouter:
+    """c-BTM's router: weights from the distance of the context's embedding to each centroid.
+
+    `centroids` [K, d]; `prior` [K] is each cluster's share of the training tokens, and answers for a context with no
+    known term (the empty one above all), where distances would only compare the centroids' norms.
+    """
+
+    def __init__(
+        self,
+        *,
+        cluster_ids: Sequence[str],
+        embedding: TermEmbedding,
+        centroids: Float32,
+        prior: Float32,
+        temperature: float = 0.1,
+    ) -> None:
+        if centroids.shape != (len(cluster_ids), embedding.dimensions) or prior.shape != (len(cluster_ids),):
+            raise IntegrityError(
+                f"router: {len(cluster_ids)} clusters, centroids {centroids.shape}, prior {prior.shape}, "
+                f"{embedding.dimensions} dimensions do not fit together"
+            )
+        self._cluster_ids = tuple(cluster_ids)
+        self.embedding = embedding
+        self.centroids = centroids
+        self.prior = prior
+        self._temperature = temperature
+
+    @property
+    def cluster_ids(self) -> tuple[str, ...]:
+        return self._cluster_ids
+
+    @property
+    def temperature(self) -> float:
+        return self._temperature
+
+    def assign(self, texts: Sequence[str]) -> npt.NDArray[np.int64]:
+        """Index of the nearest centroid for each text, [N]: how documents are sharded."""
+        nearest: npt.NDArray[np.int64] = self._weights_of(
+            self.embedding.embed(texts), 1, None, Distance.SQUARED
+        ).argmax(axis=1)
+        return nearest
+
+    def weights(
+        self,
+        texts: Sequence[str],
+        *,
+        top_k: int | None = None,
+        temperature: float | None = None,
+        distance: Distance = Distance.SQUARED,
+    ) -> Float64:
+        return self._weights_of(self.embedding.embed(texts), top_k, temperature, distance)
+
+    def prefix_weights(
+        self,
+        text: str,
+        ends: Sequence[int],
+        *,
+        top_k: int | None = None,
+        temperature: float | None = None,
+        distance: Distance = Distance.SQUARED,
+    ) -> Float64:
+        return self._weights_of(self.embedding.embed_prefixes(text, ends), top_k, temperature, distance)
+
+    def squared_distances(self, embedded: Float64) -> Float64:
+        """‖h - c_j‖² for unit rows h: [N, d] to [N, K]."""
+        centroids = self.centroids.astype(np.float64)
+        cross = embedded @ centroids.T
+        lengths = (embedded**2).sum(axis=1, keepdims=True)
+        squared: Float64 = np.maximum(lengths - 2 * cross + (centroids**2).sum(axis=1), 0.0)
+        return squared
+
+    def _weights_of(
+        self, embedded: Float64, top_k: int | None, temperature: float | None, distance: Distance
+    ) -> Float64:
+        result = mixture_weights(
+            self.squared_distances(embedded),
+            temperature=temperature or self._temperature,
+            top_k=top_k,
+            distance=distance,
+        )
+        unknown = ~embedded.any(axis=1)
+        if unknown.any():
+            result[unknown] = keep_top(self.prior.astype(np.float64)[None], top_k)
+        return result
+
+    def save(self, directory: Path) -> None:
+        from safetensors.numpy import save_file
+
+        directory.mkdir(parents=True, exist_ok=True)
+        about = {
+            "format": FORMAT,
+            "kind": "centroid",
+            "cluster_ids": list(self._cluster_ids),
+            "dimensions": self.embedding.dimensions,
+            "temperature": self._temperature,
+            "terms": list(self.embedding.terms),
+        }
+        (directory / JSON_NAME).write_text(json.dumps(about, ensure_ascii=False, indent=None), "utf-8")
+        save_file(
+            {"projection": self.embedding.projection, "centroids": self.centroids, "prior": self.prior},
+            str(directory / TENSORS_NAME),
+        )
+
+    @classmethod
+    def load(cls, directory: Path, about: dict[str, Any]) -> CentroidRouter:
+        from safetensors.numpy import load_file
+
+        tensors = load_file(str(directory / TENSORS_NAME))
+        return cls(
+            cluster_ids=about["cluster_ids"],
+            embedding=TermEmbedding(about["terms"], tensors["projection"]),
+            centroids=tensors["centroids"],
+            prior=tensors["prior"],
+            temperature=float(about["temperature"]),
+        )
+
+
+def load_router(directory: Path) -> CentroidRouter:
+    """The router saved in `directory`. Raises IntegrityError when it is not one or is damaged."""
+    from safetensors import SafetensorError
+
+    try:
+        about = json.loads((directory / JSON_NAME).read_text("utf-8"))
+        if about["format"] != FORMAT or about["kind"] != "centroid":
+            raise IntegrityError(f"{directory}: a router of format {about['format']!r}, kind {about['kind']!r}")
+        return CentroidRouter.load(directory, about)
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise IntegrityError(f"{directory}: no readable router: {error!r}") from error

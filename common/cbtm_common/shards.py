@@ -1,0 +1,133 @@
+"""Token shards: packed token ids with document boundaries, as safetensors.
+
+| tensor | dtype | shape | meaning |
+| --- | --- | --- | --- |
+| `tokens` | uint16, or uint32 when the vocabulary needs it | [N] | documents one after the other, each ended by EOS |
+| `document_offsets` | int64 | [D] | where each document starts; ascending from 0 |
+
+Metadata: `format` = cbtm-shard-1, `eos_token_id`, `vocab_size`. At most 64 MiB. Reading maps the file into memory and
+checks everything that a reader relies on: header, offsets, range of ids. Only numpy is needed; nothing is executed.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from cbtm_common.errors import IntegrityError
+
+FORMAT = "cbtm-shard-1"
+MAX_SHARD_BYTES = 64 * 1024 * 1024
+# Room for the header, so that a shard of this many bytes of tokens and offsets stays under the limit.
+MAX_PAYLOAD_BYTES = MAX_SHARD_BYTES - 4096
+
+_MAX_HEADER_BYTES = 1 << 16
+_DTYPES: dict[str, np.dtype[Any]] = {"U16": np.dtype("<u2"), "U32": np.dtype("<u4"), "I64": np.dtype("<i8")}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenShard:
+    """An opened shard. `tokens` [N] and `document_offsets` [D] are views of the mapped file."""
+
+    tokens: npt.NDArray[Any]
+    document_offsets: npt.NDArray[np.int64]
+    eos_token_id: int
+    vocab_size: int
+
+    def documents(self) -> Iterator[npt.NDArray[np.int64]]:
+        """Token ids of each document, its EOS left out."""
+        ends = [*self.document_offsets[1:].tolist(), len(self.tokens)]
+        for start, end in zip(self.document_offsets.tolist(), ends, strict=True):
+            yield self.tokens[start : end - 1].astype(np.int64)
+
+
+def token_dtype(vocab_size: int) -> np.dtype[Any]:
+    """uint16 where every id fits it, else uint32."""
+    return np.dtype(np.uint16) if vocab_size <= 1 << 16 else np.dtype(np.uint32)
+
+
+def write_shard(
+    path: Path,
+    tokens: npt.NDArray[Any],
+    document_offsets: npt.NDArray[Any],
+    *,
+    vocab_size: int,
+    eos_token_id: int,
+) -> None:
+    """Writes one shard. `tokens` [N] ends with EOS; `document_offsets` [D] ascends from 0."""
+    from safetensors.numpy import save_file
+
+    save_file(
+        {
+            "tokens": np.ascontiguousarray(tokens, dtype=token_dtype(vocab_size)),
+            "document_offsets": np.ascontiguousarray(document_offsets, dtype=np.int64),
+        },
+        str(path),
+        metadata={"format": FORMAT, "eos_token_id": str(eos_token_id), "vocab_size": str(vocab_size)},
+    )
+
+
+def read_shard(path: Path) -> TokenShard:
+    """Maps and checks a shard. Raises IntegrityError, saying what is wrong with the file."""
+    size = path.stat().st_size
+    if size > MAX_SHARD_BYTES:
+        raise IntegrityError(f"{path}: a token shard of {size} bytes is over the limit of {MAX_SHARD_BYTES}")
+    try:
+        header, start = _header(path, size)
+        metadata = header["__metadata__"]
+        if metadata["format"] != FORMAT:
+            raise IntegrityError(f"{path}: format is {metadata['format']!r}, not {FORMAT!r}")
+        vocab_size, eos = int(metadata["vocab_size"]), int(metadata["eos_token_id"])
+        if set(header) != {"__metadata__", "tokens", "document_offsets"}:
+            raise IntegrityError(f"{path}: holds {sorted(header)}, not tokens and document_offsets")
+        tokens = _tensor(path, header["tokens"], start, size)
+        offsets = _tensor(path, header["document_offsets"], start, size)
+    except (KeyError, ValueError, TypeError, AttributeError, struct.error) as error:
+        raise IntegrityError(f"{path}: is not a token shard: {error!r}") from error
+    _check(path, tokens, offsets, vocab_size=vocab_size, eos=eos)
+    return TokenShard(tokens=tokens, document_offsets=offsets, eos_token_id=eos, vocab_size=vocab_size)
+
+
+def _header(path: Path, size: int) -> tuple[dict[str, Any], int]:
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        if length > min(_MAX_HEADER_BYTES, size - 8):
+            raise IntegrityError(f"{path}: a header of {length} bytes is too large")
+        header = json.loads(file.read(length))
+    if not isinstance(header, dict):
+        raise IntegrityError(f"{path}: its header is not an object")
+    return header, 8 + length
+
+
+def _tensor(path: Path, entry: dict[str, Any], start: int, size: int) -> npt.NDArray[Any]:
+    dtype = _DTYPES[str(entry["dtype"])]
+    shape, span = entry["shape"], entry["data_offsets"]
+    if not (isinstance(shape, list) and len(shape) == 1 and isinstance(span, list) and len(span) == 2):
+        raise IntegrityError(f"{path}: a tensor of shape {shape} at {span} where one dimension is expected")
+    count, begin, end = int(shape[0]), int(span[0]), int(span[1])
+    if count < 0 or begin < 0 or end - begin != count * dtype.itemsize or start + end > size:
+        raise IntegrityError(f"{path}: a tensor at {span} does not fit a file of {size} bytes")
+    if count == 0:
+        return np.zeros(0, dtype=dtype)
+    return np.memmap(path, dtype=dtype, mode="r", offset=start + begin, shape=(count,))
+
+
+def _check(path: Path, tokens: npt.NDArray[Any], offsets: npt.NDArray[np.int64], *, vocab_size: int, eos: int) -> None:
+    if offsets.dtype != np.dtype("<i8") or tokens.dtype not in (_DTYPES["U16"], _DTYPES["U32"]):
+        raise IntegrityError(f"{path}: dtypes {tokens.dtype} and {offsets.dtype} are not a token shard's")
+    if len(tokens) == 0 or len(offsets) == 0 or offsets[0] != 0:
+        raise IntegrityError(f"{path}: is empty, or its first document does not start at 0")
+    ends = np.append(offsets[1:], len(tokens))
+    if not (np.diff(ends, prepend=0) > 0).all() or offsets[-1] >= len(tokens):
+        raise IntegrityError(f"{path}: document_offsets do not ascend within the tokens")
+    if int(tokens.max()) >= vocab_size:
+        raise IntegrityError(f"{path}: token id {int(tokens.max())} is outside a vocabulary of {vocab_size}")
+    if not (tokens[ends - 1] == eos).all():
+        raise IntegrityError(f"{path}: a document does not end with token {eos}")

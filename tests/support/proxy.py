@@ -1,0 +1,134 @@
+"""A TCP proxy that fails on purpose, to stand before an object store.
+
+Each fault is drawn from a seeded generator and counted by kind:
+
+- `error`: the request is answered 503 and never forwarded;
+- `cut_request`: the connection is reset after some bytes of the request went through;
+- `truncate`: the connection is closed after some bytes of the answer;
+- `slow`: the answer is held to a trickle for a while.
+
+The proxy forwards bytes unchanged otherwise, `Host` included, so signatures made for its address stay valid.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import threading
+from collections import Counter
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+
+@dataclass(frozen=True, kw_only=True)
+class FaultRates:
+    """Probability of each fault, for each connection (`error`, `cut_request`) or each answer's start."""
+
+    error: float = 0.0
+    cut_request: float = 0.0
+    truncate: float = 0.0
+    slow: float = 0.0
+
+
+_RESPONSE_503 = b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+_CHUNK = 1 << 16
+
+
+class FaultProxy:
+    """Listens on a loopback port of its own and forwards to `target_port`; a context manager."""
+
+    def __init__(self, *, target_port: int, seed: int, rates: FaultRates | None = None) -> None:
+        self.target_port = target_port
+        self.rates = rates or FaultRates()
+        self.injected: Counter[str] = Counter()
+        self.port = 0
+        self._random = random.Random(seed)
+        self._loop = asyncio.new_event_loop()
+        self._ready = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="fault-proxy", daemon=True)
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        if not self._ready.wait(10):
+            raise RuntimeError("the fault proxy did not start")
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(10)
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        server = self._loop.run_until_complete(asyncio.start_server(self._accept, "127.0.0.1", self.port))
+        self.port = server.sockets[0].getsockname()[1]
+        self._ready.set()
+        self._loop.run_forever()
+        server.close()
+        for task in asyncio.all_tasks(self._loop):
+            task.cancel()
+        self._loop.run_until_complete(asyncio.sleep(0))
+        self._loop.close()
+
+    def _draw(self, kind: str, probability: float) -> bool:
+        if self._random.random() >= probability:
+            return False
+        self.injected[kind] += 1
+        return True
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        rates = self.rates
+        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
+            if self._draw("error", rates.error):
+                await reader.read(_CHUNK)
+                writer.write(_RESPONSE_503)
+                await writer.drain()
+            else:
+                await self._forward(reader, writer, rates)
+        writer.close()
+
+    async def _forward(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, rates: FaultRates) -> None:
+        up_reader, up_writer = await asyncio.open_connection("127.0.0.1", self.target_port)
+        limit = self._random.randrange(1, 1 << 20) if self._draw("cut_request", rates.cut_request) else None
+        sending = asyncio.ensure_future(self._pump(reader, up_writer, limit=limit))
+        answering = asyncio.ensure_future(self._answer(up_reader, writer, rates))
+        done, pending = await asyncio.wait({sending, answering}, return_when=asyncio.FIRST_COMPLETED)
+        if sending in done and limit is None and not answering.done():
+            pending = set()
+            await asyncio.wait({answering}, timeout=60)
+        for task in (sending, answering, *pending):
+            task.cancel()
+        await asyncio.gather(sending, answering, return_exceptions=True)
+        if limit is not None:
+            writer.transport.abort()
+        up_writer.close()
+
+    async def _pump(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter, *, limit: int | None) -> None:
+        sent = 0
+        while chunk := await source.read(_CHUNK):
+            if limit is not None and sent + len(chunk) >= limit:
+                sink.write(chunk[: limit - sent])
+                await sink.drain()
+                return
+            sent += len(chunk)
+            sink.write(chunk)
+            await sink.drain()
+        if sink.can_write_eof():
+            sink.write_eof()
+
+    async def _answer(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter, rates: FaultRates) -> None:
+        while chunk := await source.read(_CHUNK):
+            if self._draw("truncate", rates.truncate):
+                sink.write(chunk[: self._random.randrange(len(chunk))])
+                await sink.drain()
+                return
+            if self._draw("slow", rates.slow):
+                for start in range(0, len(chunk), 4096):
+                    sink.write(chunk[start : start + 4096])
+                    await sink.drain()
+                    await asyncio.sleep(0.05)
+            else:
+                sink.write(chunk)
+                await sink.drain()
