@@ -1,0 +1,69 @@
+"""The registry: the only SQL of the system.
+
+`Store` owns the engine and the clock. A caller opens a transaction and calls the nouns' modules with it:
+
+    with store.writing() as tx:
+        lease, task = store.tasks.acquire(tx, store.now(), worker_id)
+
+`store.once(...)` does the same for a mutation that a client may repeat. Everything returned is a frozen record
+(`store.records`). Guarantees: what one transaction wrote is durable when it ends, or not there at all; states change
+by the table in `lifecycle` alone, with guarded updates, however many processes share the database.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from datetime import UTC, datetime
+
+from sqlalchemy import Connection
+
+from cbtm_coordinator.store import checkpoints, events, identities, requests, runs, tasks
+from cbtm_coordinator.store.database import open_engine, reading, writing
+
+__all__ = ["Connection", "Store", "utc_now"]
+
+
+def utc_now() -> datetime:
+    return datetime.now(UTC)
+
+
+class Store:
+    """The registry at `url` (`sqlite:///PATH` or `postgresql://…`); thread-safe."""
+
+    checkpoints = checkpoints
+    events = events
+    identities = identities
+    runs = runs
+    tasks = tasks
+
+    def __init__(self, url: str, *, clock: Callable[[], datetime] = utc_now, pool_size: int = 20) -> None:
+        self.engine = open_engine(url, pool_size=pool_size)
+        self.now = clock
+
+    def writing(self) -> AbstractContextManager[Connection]:
+        """A transaction that may write."""
+        return writing(self.engine)
+
+    def reading(self) -> AbstractContextManager[Connection]:
+        """A transaction that only reads."""
+        return reading(self.engine)
+
+    def once(self, request_id: str, method: str, principal: str, answer: Callable[[Connection], bytes]) -> bytes:
+        """`answer(tx)` in one transaction with its record; for a request_id seen before, the first answer."""
+        with self.writing() as tx:
+            return requests.once(
+                tx,
+                self.now(),
+                request_id=request_id,
+                method=method,
+                principal=principal,
+                answer=lambda: answer(tx),
+            )
+
+    def forget_old_requests(self) -> int:
+        with self.writing() as tx:
+            return requests.forget_old(tx, self.now())
+
+    def close(self) -> None:
+        self.engine.dispose()

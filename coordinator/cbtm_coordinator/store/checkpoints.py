@@ -1,0 +1,343 @@
+"""Checkpoints and experts: begun, committed whole, accepted, pruned.
+
+Invariant 3: a checkpoint is UPLOADING, seen by nobody, until `commit`; the services call that only after they have
+checked every object. A commit is refused when the task has a newer epoch, so a zombie can make nothing visible; one
+whose lease expired but that nobody has succeeded is kept, for its work is as good as any.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+
+from sqlalchemy import Connection, func, insert, select, update
+
+from cbtm_common.errors import InvalidArgument, InvalidState, LeaseLost, NotFound, PermissionDenied
+from cbtm_common.files import FileSpec, strip_prefix
+from cbtm_common.ids import new_id
+from cbtm_coordinator.lifecycle import CheckpointState, LeaseState, RunState, TaskKind, TaskState, sources
+from cbtm_coordinator.store import events, runs, tasks
+from cbtm_coordinator.store.records import CheckpointRecord, ExpertRecord, LeaseRecord, TaskRecord, files_to_json
+from cbtm_coordinator.tables import checkpoints, experts, leases
+from cbtm_coordinator.tables import tasks as tasks_table
+
+MODEL_PREFIX = "model"
+# Committed checkpoints kept of a task that is not done, the newest included.
+KEEP_COMMITTED = 2
+
+
+def begin(
+    tx: Connection,
+    now: datetime,
+    *,
+    lease: LeaseRecord,
+    task: TaskRecord,
+    step: int,
+    files: Sequence[FileSpec],
+) -> CheckpointRecord:
+    """Opens a checkpoint of a live lease, or finds it again when the same one was begun before."""
+    if not task.committed_step < step <= task.total_steps:
+        raise InvalidArgument(
+            f"step: {step} is not after the committed step {task.committed_step} and at most {task.total_steps}",
+            field="step",
+        )
+    where = (checkpoints.c.task_id == task.id, checkpoints.c.epoch == lease.epoch, checkpoints.c.step == step)
+    files_json = files_to_json(files)
+    present = tx.execute(select(checkpoints).where(*where)).one_or_none()
+    if present is not None:
+        if present.state != CheckpointState.UPLOADING.value or present.files_json == files_json:
+            return CheckpointRecord.of(present)
+        # Written anew after a crash, with other bytes (a time in a header, say): nobody has seen the first.
+        tx.execute(update(checkpoints).where(*where).values(files_json=files_json))
+        return get(tx, present.id)
+    checkpoint_id = new_id("ckpt")
+    tx.execute(
+        insert(checkpoints).values(
+            id=checkpoint_id,
+            task_id=task.id,
+            lease_id=lease.id,
+            epoch=lease.epoch,
+            step=step,
+            state=CheckpointState.UPLOADING.value,
+            final=step == task.total_steps,
+            files_json=files_json,
+            create_time=now,
+        )
+    )
+    return get(tx, checkpoint_id)
+
+
+def get(tx: Connection, checkpoint_id: str) -> CheckpointRecord:
+    row = tx.execute(select(checkpoints).where(checkpoints.c.id == checkpoint_id)).one_or_none()
+    if row is None:
+        raise NotFound(f"there is no checkpoint {checkpoint_id}")
+    return CheckpointRecord.of(row)
+
+
+def committable(
+    tx: Connection, *, checkpoint_id: str, lease_id: str, epoch: int, worker_id: str
+) -> tuple[CheckpointRecord, TaskRecord]:
+    """The checkpoint that a worker wants to commit, if it still may. Raises LeaseLost when somebody succeeded it."""
+    checkpoint = get(tx, checkpoint_id)
+    lease = tasks.get_lease(tx, lease_id)
+    if lease.worker_id != worker_id or checkpoint.lease_id != lease_id:
+        raise PermissionDenied("this checkpoint belongs to another lease")
+    task = tasks.get_task(tx, checkpoint.task_id)
+    done = checkpoint.state in (CheckpointState.COMMITTED, CheckpointState.ACCEPTED)
+    if not done and (
+        lease.epoch != epoch or task.epoch != epoch or lease.state not in (LeaseState.LIVE, LeaseState.EXPIRED)
+    ):
+        raise (
+            tasks.lost(lease, epoch)
+            if task.epoch == epoch
+            else LeaseLost(
+                f"the lease {lease.id} is lost: the task is at epoch {task.epoch}, this lease was {epoch}",
+                metadata={"lease_id": lease.id},
+            )
+        )
+    if checkpoint.state in (CheckpointState.REJECTED, CheckpointState.PRUNED):
+        raise InvalidState(f"checkpoint {checkpoint.id} is {checkpoint.state}: {checkpoint.reason}")
+    return checkpoint, task
+
+
+def commit(
+    tx: Connection, now: datetime, *, checkpoint: CheckpointRecord, metrics: Mapping[str, object]
+) -> tuple[CheckpointRecord, TaskRecord]:
+    """Makes a verified checkpoint visible: guarded by state and epoch. The final one becomes an expert."""
+    if checkpoint.state is not CheckpointState.UPLOADING:
+        return checkpoint, tasks.get_task(tx, checkpoint.task_id)
+    moved = tx.execute(
+        update(tasks_table)
+        .where(
+            tasks_table.c.id == checkpoint.task_id,
+            tasks_table.c.epoch == checkpoint.epoch,
+            tasks_table.c.state.in_(sources(TaskState, "submit")),
+            tasks_table.c.committed_step < checkpoint.step,
+        )
+        .values(committed_step=checkpoint.step, attempts=0, update_time=now)
+    )
+    task = tasks.get_task(tx, checkpoint.task_id)
+    if moved.rowcount != 1:
+        raise LeaseLost(
+            f"checkpoint {checkpoint.id} at step {checkpoint.step} came too late: the task is {task.state} at epoch "
+            f"{task.epoch}, committed to step {task.committed_step}",
+            metadata={"lease_id": checkpoint.lease_id},
+        )
+    committed = tx.execute(
+        update(checkpoints)
+        .where(checkpoints.c.id == checkpoint.id, checkpoints.c.state.in_(sources(CheckpointState, "commit")))
+        .values(state=CheckpointState.COMMITTED.value, commit_time=now, metrics_json=json.dumps(dict(metrics)))
+    )
+    if committed.rowcount != 1:
+        raise InvalidState(f"checkpoint {checkpoint.id} is no longer UPLOADING")
+    events.append(
+        tx,
+        now,
+        "checkpoint.committed",
+        run_id=task.run_id,
+        task_id=task.id,
+        lease_id=checkpoint.lease_id,
+        detail={"checkpoint_id": checkpoint.id, "step": checkpoint.step, "final": checkpoint.final},
+    )
+    _prune_superseded(tx, task.id)
+    if checkpoint.final:
+        tx.execute(update(tasks_table).where(tasks_table.c.id == task.id).values(state=TaskState.SUBMITTED.value))
+        accept(tx, now, get(tx, checkpoint.id))
+    return get(tx, checkpoint.id), tasks.get_task(tx, task.id)
+
+
+def accept(tx: Connection, now: datetime, checkpoint: CheckpointRecord) -> ExpertRecord:
+    """A SUBMITTED task's final checkpoint becomes the newest version of its expert; the task is DONE."""
+    changed = tx.execute(
+        update(tasks_table)
+        .where(tasks_table.c.id == checkpoint.task_id, tasks_table.c.state.in_(sources(TaskState, "accept")))
+        .values(state=TaskState.DONE.value, reason="", update_time=now)
+    )
+    if changed.rowcount != 1:
+        raise InvalidState(f"the task of checkpoint {checkpoint.id} is not SUBMITTED")
+    tx.execute(
+        update(checkpoints).where(checkpoints.c.id == checkpoint.id).values(state=CheckpointState.ACCEPTED.value)
+    )
+    task = tasks.get_task(tx, checkpoint.task_id)
+    files = strip_prefix(checkpoint.files, MODEL_PREFIX)
+    expert = add_expert(
+        tx,
+        now,
+        run_id=task.run_id,
+        cluster_id=task.cluster_id,
+        cluster_index=task.cluster_index,
+        files=files,
+        checkpoint_id=checkpoint.id,
+        metrics_json=checkpoint.metrics_json,
+    )
+    events.append(tx, now, "task.done", run_id=task.run_id, task_id=task.id)
+    _advance_run(tx, now, task)
+    return expert
+
+
+def _advance_run(tx: Connection, now: datetime, task: TaskRecord) -> None:
+    """An accepted seed opens the experts; the last accepted expert completes the run."""
+    run = runs.get(tx, task.run_id)
+    if task.kind is TaskKind.SEED:
+        tx.execute(
+            update(tasks_table)
+            .where(tasks_table.c.run_id == run.id, tasks_table.c.state.in_(sources(TaskState, "seed_accepted")))
+            .values(state=TaskState.PENDING.value, not_before_time=now, update_time=now)
+        )
+        runs.change_state(tx, now, run, "seed_accepted", "")
+        return
+    left = tx.execute(
+        select(func.count())
+        .select_from(tasks_table)
+        .where(tasks_table.c.run_id == run.id, tasks_table.c.state != TaskState.DONE.value)
+    ).scalar_one()
+    if left == 0 and run.state is RunState.TRAINING:
+        runs.change_state(tx, now, run, "all_accepted", "")
+
+
+def add_expert(
+    tx: Connection,
+    now: datetime,
+    *,
+    run_id: str,
+    cluster_id: str | None,
+    cluster_index: int,
+    files: Sequence[FileSpec],
+    checkpoint_id: str | None = None,
+    metrics_json: str = "",
+) -> ExpertRecord:
+    """The next version of a cluster's expert; of the seed with `cluster_index` -1."""
+    newest = tx.execute(
+        select(func.max(experts.c.version)).where(experts.c.run_id == run_id, experts.c.cluster_index == cluster_index)
+    ).scalar()
+    expert_id = new_id("expert")
+    tx.execute(
+        insert(experts).values(
+            id=expert_id,
+            run_id=run_id,
+            cluster_id=cluster_id,
+            cluster_index=cluster_index,
+            version=(newest or 0) + 1,
+            checkpoint_id=checkpoint_id,
+            files_json=files_to_json(files),
+            metrics_json=metrics_json,
+            create_time=now,
+        )
+    )
+    events.append(tx, now, "expert.registered", run_id=run_id, detail={"cluster": cluster_index, "expert": expert_id})
+    return ExpertRecord.of(tx.execute(select(experts).where(experts.c.id == expert_id)).one())
+
+
+def current_experts(tx: Connection, run_id: str) -> list[ExpertRecord]:
+    """The newest version of each cluster's expert, the seed (index -1) first."""
+    newest = (
+        select(experts.c.cluster_index, func.max(experts.c.version).label("version"))
+        .where(experts.c.run_id == run_id)
+        .group_by(experts.c.cluster_index)
+        .subquery()
+    )
+    query = (
+        select(experts)
+        .join(
+            newest,
+            (experts.c.cluster_index == newest.c.cluster_index) & (experts.c.version == newest.c.version),
+        )
+        .where(experts.c.run_id == run_id)
+        .order_by(experts.c.cluster_index)
+    )
+    return [ExpertRecord.of(row) for row in tx.execute(query)]
+
+
+def latest_good(tx: Connection, task: TaskRecord) -> CheckpointRecord | None:
+    """Where work on the task resumes: its committed checkpoint at the task's committed step."""
+    if task.committed_step == 0:
+        return None
+    query = (
+        select(checkpoints)
+        .where(
+            checkpoints.c.task_id == task.id,
+            checkpoints.c.step == task.committed_step,
+            checkpoints.c.state == CheckpointState.COMMITTED.value,
+        )
+        .order_by(checkpoints.c.epoch.desc())
+        .limit(1)
+    )
+    row = tx.execute(query).one_or_none()
+    return None if row is None else CheckpointRecord.of(row)
+
+
+def newest_committed(tx: Connection, task_ids: Sequence[str]) -> dict[str, CheckpointRecord]:
+    """The newest committed or accepted checkpoint by task id."""
+    states = [CheckpointState.COMMITTED.value, CheckpointState.ACCEPTED.value]
+    query = (
+        select(checkpoints)
+        .where(checkpoints.c.task_id.in_(task_ids), checkpoints.c.state.in_(states))
+        .order_by(checkpoints.c.commit_time)
+    )
+    return {row.task_id: CheckpointRecord.of(row) for row in tx.execute(query)}
+
+
+def _prune_superseded(tx: Connection, task_id: str) -> None:
+    """All but the newest committed checkpoints become PRUNED, and so do uploads that they overtook."""
+    rows = tx.execute(
+        select(checkpoints.c.id, checkpoints.c.step, checkpoints.c.state)
+        .where(
+            checkpoints.c.task_id == task_id,
+            checkpoints.c.state.in_([CheckpointState.COMMITTED.value, CheckpointState.UPLOADING.value]),
+        )
+        .order_by(checkpoints.c.step.desc(), checkpoints.c.epoch.desc())
+    ).all()
+    committed = [row for row in rows if row.state == CheckpointState.COMMITTED.value]
+    newest = committed[0].step if committed else 0
+    stale = committed[KEEP_COMMITTED:] + [
+        row for row in rows if row.state == CheckpointState.UPLOADING.value and row.step <= newest
+    ]
+    if stale:
+        tx.execute(
+            update(checkpoints)
+            .where(checkpoints.c.id.in_([row.id for row in stale]))
+            .values(state=CheckpointState.PRUNED.value, reason="superseded by a newer checkpoint")
+        )
+
+
+def prune_finished(tx: Connection) -> None:
+    """Committed checkpoints of DONE tasks are no longer needed: their experts hold the final one."""
+    done = select(tasks_table.c.id).where(tasks_table.c.state == TaskState.DONE.value)
+    tx.execute(
+        update(checkpoints)
+        .where(
+            checkpoints.c.task_id.in_(done),
+            checkpoints.c.state.in_([CheckpointState.COMMITTED.value, CheckpointState.UPLOADING.value]),
+        )
+        .values(state=CheckpointState.PRUNED.value, reason="its task is done")
+    )
+
+
+def prune_abandoned(tx: Connection, before: datetime) -> None:
+    """Uploads begun before `before` whose lease is over."""
+    over = select(leases.c.id).where(leases.c.state != LeaseState.LIVE.value)
+    tx.execute(
+        update(checkpoints)
+        .where(
+            checkpoints.c.state == CheckpointState.UPLOADING.value,
+            checkpoints.c.create_time < before,
+            checkpoints.c.lease_id.in_(over),
+        )
+        .values(state=CheckpointState.PRUNED.value, reason="its lease ended before it was committed")
+    )
+
+
+def deletable(tx: Connection, *, limit: int = 50) -> list[CheckpointRecord]:
+    """PRUNED and REJECTED checkpoints whose objects are still there."""
+    states = [CheckpointState.PRUNED.value, CheckpointState.REJECTED.value]
+    query = (
+        select(checkpoints)
+        .where(checkpoints.c.state.in_(states), checkpoints.c.objects_deleted.is_(False))
+        .limit(limit)
+    )
+    return [CheckpointRecord.of(row) for row in tx.execute(query)]
+
+
+def mark_deleted(tx: Connection, checkpoint_id: str) -> None:
+    tx.execute(update(checkpoints).where(checkpoints.c.id == checkpoint_id).values(objects_deleted=True))

@@ -1,0 +1,127 @@
+"""Opens the registry's database: SQLite in WAL mode, or PostgreSQL.
+
+A writing transaction on SQLite begins IMMEDIATE, so that what it read is what it changes; on PostgreSQL it is READ
+COMMITTED and every change of state is a guarded update. Both give the same guarantees to the store above.
+"""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import Connection, Engine, create_engine, event, make_url
+from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError
+
+from cbtm_common.errors import InvalidArgument, Unavailable
+
+_BUSY_SECONDS = 30
+_NETWORK_FILE_SYSTEMS = {
+    "nfs",
+    "nfs4",
+    "cifs",
+    "smb",
+    "smb2",
+    "smbfs",
+    "fuse.sshfs",
+    "9p",
+    "afs",
+    "ceph",
+    "glusterfs",
+    "lustre",
+}
+
+
+def open_engine(url: str, *, pool_size: int = 20) -> Engine:
+    """An engine for `sqlite:///PATH` or `postgresql+psycopg://…`. Connects lazily.
+
+    Raises InvalidArgument for other databases, and for SQLite on a network file system.
+    """
+    try:
+        parsed = make_url(url)
+    except ArgumentError as error:
+        raise InvalidArgument(f"database_url: {error}", field="database_url") from error
+    backend = parsed.get_backend_name()
+    if backend == "postgresql":
+        return create_engine(
+            parsed.set(drivername="postgresql+psycopg"),
+            pool_size=pool_size,
+            max_overflow=10,
+            pool_pre_ping=True,
+            pool_timeout=30,
+        )
+    if backend != "sqlite" or not parsed.database:
+        raise InvalidArgument(
+            f"database_url: {backend} is neither sqlite (with a file) nor postgresql", field="database_url"
+        )
+    path = Path(parsed.database)
+    _refuse_network_file_system(path)
+    engine = create_engine(parsed, connect_args={"timeout": _BUSY_SECONDS, "check_same_thread": False})
+    _prepare_sqlite(engine)
+    return engine
+
+
+@contextmanager
+def writing(engine: Engine) -> Iterator[Connection]:
+    """A transaction that may write; commits at the end, rolls back on an exception."""
+    try:
+        with engine.begin() as connection:
+            yield connection
+    except OperationalError as error:
+        raise _unavailable(error) from error
+    except DBAPIError as error:
+        if error.connection_invalidated:
+            raise _unavailable(error) from error
+        raise
+
+
+@contextmanager
+def reading(engine: Engine) -> Iterator[Connection]:
+    """A transaction that only reads: on SQLite it does not wait for writers."""
+    try:
+        with engine.connect().execution_options(cbtm_reading=True) as connection, connection.begin():
+            yield connection
+    except OperationalError as error:
+        raise _unavailable(error) from error
+
+
+def _unavailable(error: DBAPIError) -> Unavailable:
+    return Unavailable(f"the registry's database cannot be used now: {error.orig}")
+
+
+def _prepare_sqlite(engine: Engine) -> None:
+    @event.listens_for(engine, "connect")
+    def _on_connect(connection: Any, _: Any) -> None:
+        # The driver would begin transactions itself, DEFERRED; `_on_begin` does it instead.
+        connection.isolation_level = None
+        cursor = connection.cursor()
+        for pragma in (
+            "journal_mode=WAL",
+            "synchronous=FULL",
+            "foreign_keys=ON",
+            f"busy_timeout={_BUSY_SECONDS * 1000}",
+        ):
+            cursor.execute(f"PRAGMA {pragma}")
+        cursor.close()
+
+    @event.listens_for(engine, "begin")
+    def _on_begin(connection: Connection) -> None:
+        deferred = connection.get_execution_options().get("cbtm_reading")
+        connection.exec_driver_sql("BEGIN DEFERRED" if deferred else "BEGIN IMMEDIATE")
+
+
+def _refuse_network_file_system(path: Path) -> None:
+    """SQLite's locks and WAL need shared memory and a local disk; on a network file system they corrupt silently."""
+    folder = path.absolute().parent
+    while not folder.exists():
+        folder = folder.parent
+    found = subprocess.run(["stat", "-f", "-c", "%T", str(folder)], capture_output=True, text=True, check=False)
+    kind = found.stdout.strip()
+    if kind in _NETWORK_FILE_SYSTEMS:
+        raise InvalidArgument(
+            f"database_url: {path} lies on a network file system ({kind}), where SQLite's locks do not hold; "
+            "put it on a local disk, or use PostgreSQL",
+            field="database_url",
+        )

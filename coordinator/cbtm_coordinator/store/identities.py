@@ -1,0 +1,174 @@
+"""Tokens and workers: who may do what. Secrets are known by their hashes alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime
+
+from sqlalchemy import Connection, insert, or_, select, update
+
+from cbtm_common.errors import NotFound, Unauthenticated
+from cbtm_common.ids import new_id
+from cbtm_coordinator.lifecycle import WorkerState
+from cbtm_coordinator.scheduler import backoff
+from cbtm_coordinator.store import events
+from cbtm_coordinator.store.records import TokenRecord, WorkerRecord
+from cbtm_coordinator.tables import tokens, workers
+
+
+def create_token(
+    tx: Connection,
+    now: datetime,
+    *,
+    role: str,
+    secret_hash: str,
+    label: str = "",
+    expire_time: datetime | None = None,
+    max_uses: int = 0,
+) -> TokenRecord:
+    token_id = new_id("token")
+    tx.execute(
+        insert(tokens).values(
+            id=token_id,
+            role=role,
+            secret_hash=secret_hash,
+            label=label,
+            create_time=now,
+            expire_time=expire_time,
+            max_uses=max_uses,
+        )
+    )
+    events.append(tx, now, "token.created", detail={"token_id": token_id, "role": role, "label": label})
+    return get_token(tx, token_id)
+
+
+def get_token(tx: Connection, token_id: str) -> TokenRecord:
+    row = tx.execute(select(tokens).where(tokens.c.id == token_id)).one_or_none()
+    if row is None:
+        raise NotFound(f"there is no token {token_id}; `cbtm-coord token list` shows them")
+    return TokenRecord.of(row)
+
+
+def find_token(tx: Connection, now: datetime, secret_hash: str) -> TokenRecord | None:
+    """A token that is good now, without using it up."""
+    row = tx.execute(
+        select(tokens).where(
+            tokens.c.secret_hash == secret_hash,
+            tokens.c.revoked.is_(False),
+            or_(tokens.c.expire_time.is_(None), tokens.c.expire_time > now),
+        )
+    ).one_or_none()
+    return None if row is None else TokenRecord.of(row)
+
+
+def use_token(tx: Connection, now: datetime, token_id: str) -> None:
+    """Counts one use, if one is left: one guarded update, so that a use count is exact among many processes."""
+    used = tx.execute(
+        update(tokens)
+        .where(
+            tokens.c.id == token_id,
+            tokens.c.revoked.is_(False),
+            or_(tokens.c.expire_time.is_(None), tokens.c.expire_time > now),
+            or_(tokens.c.max_uses == 0, tokens.c.uses < tokens.c.max_uses),
+        )
+        .values(uses=tokens.c.uses + 1)
+    )
+    if used.rowcount != 1:
+        raise Unauthenticated("this join token is used up, expired or revoked; ask the run's owner for a new one")
+
+
+def list_tokens(tx: Connection, *, after_id: str = "", limit: int = 100) -> list[TokenRecord]:
+    rows = tx.execute(select(tokens).where(tokens.c.id > after_id).order_by(tokens.c.id).limit(limit))
+    return [TokenRecord.of(row) for row in rows]
+
+
+def revoke_token(tx: Connection, now: datetime, token_id: str) -> TokenRecord:
+    tx.execute(update(tokens).where(tokens.c.id == token_id).values(revoked=True))
+    token = get_token(tx, token_id)
+    events.append(tx, now, "token.revoked", detail={"token_id": token_id, "label": token.label})
+    return token
+
+
+def create_worker(
+    tx: Connection,
+    now: datetime,
+    *,
+    name: str,
+    credential_hash: str,
+    token_id: str,
+    hardware_json: str,
+    version: str,
+) -> WorkerRecord:
+    worker_id = new_id("worker")
+    tx.execute(
+        insert(workers).values(
+            id=worker_id,
+            name=name,
+            state=WorkerState.ACTIVE.value,
+            credential_hash=credential_hash,
+            token_id=token_id,
+            hardware_json=hardware_json,
+            version=version,
+            register_time=now,
+            last_seen_time=now,
+        )
+    )
+    events.append(tx, now, "worker.registered", worker_id=worker_id, detail={"name": name, "version": version})
+    return get_worker(tx, worker_id)
+
+
+def get_worker(tx: Connection, worker_id: str) -> WorkerRecord:
+    row = tx.execute(select(workers).where(workers.c.id == worker_id)).one_or_none()
+    if row is None:
+        raise NotFound(f"there is no worker {worker_id}; `cbtm-coord worker list` shows them")
+    return WorkerRecord.of(row)
+
+
+def find_worker(tx: Connection, credential_hash: str) -> WorkerRecord | None:
+    row = tx.execute(select(workers).where(workers.c.credential_hash == credential_hash)).one_or_none()
+    return None if row is None else WorkerRecord.of(row)
+
+
+def list_workers(tx: Connection, *, after_id: str = "", limit: int = 100) -> list[WorkerRecord]:
+    rows = tx.execute(select(workers).where(workers.c.id > after_id).order_by(workers.c.id).limit(limit))
+    return [WorkerRecord.of(row) for row in rows]
+
+
+def worker_names(tx: Connection, worker_ids: Sequence[str]) -> dict[str, str]:
+    rows = tx.execute(select(workers.c.id, workers.c.name).where(workers.c.id.in_(worker_ids)))
+    return {row.id: row.name for row in rows}
+
+
+def seen(tx: Connection, now: datetime, worker_id: str, *, hardware_json: str = "") -> None:
+    values: dict[str, object] = {"last_seen_time": now}
+    if hardware_json:
+        values["hardware_json"] = hardware_json
+    tx.execute(update(workers).where(workers.c.id == worker_id).values(**values))
+
+
+def count_success(tx: Connection, worker_id: str) -> None:
+    tx.execute(
+        update(workers)
+        .where(workers.c.id == worker_id)
+        .values(finished_tasks=workers.c.finished_tasks + 1, failures=0, not_before_time=None, reason="")
+    )
+
+
+def count_failure(tx: Connection, now: datetime, worker_id: str) -> None:
+    """One more failure in a row: the worker waits, longer each time, and `status` says why."""
+    row = tx.execute(
+        update(workers)
+        .where(workers.c.id == worker_id)
+        .values(failed_tasks=workers.c.failed_tasks + 1, failures=workers.c.failures + 1)
+        .returning(workers.c.failures)
+    ).one()
+    decision = backoff(now=now, failures=int(row.failures), what="this worker")
+    tx.execute(
+        update(workers).where(workers.c.id == worker_id).values(not_before_time=decision.until, reason=decision.reason)
+    )
+
+
+def set_revoked(tx: Connection, now: datetime, worker_id: str, reason: str) -> None:
+    get_worker(tx, worker_id)
+    tx.execute(update(workers).where(workers.c.id == worker_id).values(state=WorkerState.REVOKED.value, reason=reason))
+    events.append(tx, now, "worker.revoked", worker_id=worker_id, reason=reason)

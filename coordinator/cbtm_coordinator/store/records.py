@@ -1,0 +1,243 @@
+"""What the store returns: frozen records, never rows and never protos."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from datetime import datetime
+from typing import Any, Self
+
+from sqlalchemy import Row
+
+from cbtm_common.files import FileSpec
+from cbtm_coordinator.lifecycle import CheckpointState, LeaseState, RunState, TaskKind, TaskState, WorkerState
+
+_ENUMS = {e.__name__: e for e in (RunState, TaskState, TaskKind, LeaseState, CheckpointState, WorkerState)}
+
+
+class _FromRow:
+    @classmethod
+    def of(cls, row: Row[Any] | Mapping[str, Any]) -> Self:
+        """From a row that has at least this record's columns; states become their enums."""
+        values = row._mapping if isinstance(row, Row) else row
+        made = {}
+        for field in fields(cls):  # type: ignore[arg-type]  # every subclass is a dataclass
+            kind = _ENUMS.get(str(field.type))
+            made[field.name] = kind(values[field.name]) if kind else values[field.name]
+        return cls(**made)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRecord(_FromRow):
+    id: str
+    name: str
+    state: RunState
+    paused: bool
+    cluster_count: int
+    recipe_json: str
+    from_scratch: bool
+    baseline_of: str | None
+    model_parameters: int
+    train_tokens: int
+    documents: int
+    budget_tokens: int
+    reason: str
+    create_time: datetime
+    update_time: datetime
+
+    @property
+    def data_run_id(self) -> str:
+        """The run whose files and shards this one uses: its own, or those it is the baseline of."""
+        return self.baseline_of or self.id
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterRecord(_FromRow):
+    id: str
+    run_id: str
+    cluster_index: int
+    documents: int
+    train_tokens: int
+    held_out_tokens: int
+    top_terms_json: str
+    examples_json: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardRecord(_FromRow):
+    id: str
+    cluster_id: str
+    split: str
+    ordinal: int
+    key: str
+    size: int
+    sha256: str
+    tokens: int
+    documents: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskRecord(_FromRow):
+    id: str
+    run_id: str
+    kind: TaskKind
+    cluster_id: str | None
+    cluster_index: int
+    state: TaskState
+    total_steps: int
+    committed_step: int
+    attempts: int
+    max_attempts: int
+    epoch: int
+    not_before_time: datetime
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class LeaseRecord(_FromRow):
+    id: str
+    task_id: str
+    worker_id: str
+    epoch: int
+    state: LeaseState
+    acquire_time: datetime
+    expire_time: datetime
+    end_time: datetime | None
+    reason: str
+    step: int
+    loss: float | None
+    tokens_per_second: float
+    phase: str
+    transferred_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointRecord(_FromRow):
+    id: str
+    task_id: str
+    lease_id: str
+    epoch: int
+    step: int
+    state: CheckpointState
+    final: bool
+    files_json: str
+    metrics_json: str
+    reason: str
+    create_time: datetime
+    commit_time: datetime | None
+
+    @property
+    def files(self) -> list[FileSpec]:
+        return files_from_json(self.files_json)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertRecord(_FromRow):
+    id: str
+    run_id: str
+    cluster_id: str | None
+    cluster_index: int
+    version: int
+    checkpoint_id: str | None
+    files_json: str
+    metrics_json: str
+    create_time: datetime
+
+    @property
+    def files(self) -> list[FileSpec]:
+        return files_from_json(self.files_json)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerRecord(_FromRow):
+    id: str
+    name: str
+    state: WorkerState
+    hardware_json: str
+    version: str
+    register_time: datetime
+    last_seen_time: datetime
+    finished_tasks: int
+    failed_tasks: int
+    failures: int
+    not_before_time: datetime | None
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenRecord(_FromRow):
+    id: str
+    role: str
+    label: str
+    create_time: datetime
+    expire_time: datetime | None
+    max_uses: int
+    uses: int
+    revoked: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class EventRecord(_FromRow):
+    id: int
+    event_time: datetime
+    kind: str
+    run_id: str
+    task_id: str
+    lease_id: str
+    worker_id: str
+    reason: str
+    detail_json: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFile(_FromRow):
+    """A file of a run: `kind` is CLUSTERING, TOKENIZER, BASE_MODEL or REPORT."""
+
+    run_id: str
+    kind: str
+    path: str
+    key: str
+    size: int
+    sha256: str
+
+    @property
+    def file(self) -> FileSpec:
+        return FileSpec(path=self.path, key=self.key, size=self.size, sha256=self.sha256)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NewShard:
+    split: str
+    ordinal: int
+    file: FileSpec
+    tokens: int
+    documents: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class NewCluster:
+    cluster_index: int
+    documents: int
+    top_terms: Sequence[str]
+    examples: Sequence[str]
+    shards: Sequence[NewShard]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """What a renewal tells of a lease."""
+
+    step: int = 0
+    loss: float | None = None
+    tokens_per_second: float = 0.0
+    phase: str = ""
+    transferred_bytes: int = 0
+
+
+def files_to_json(files: Sequence[FileSpec]) -> str:
+    return json.dumps([[f.path, f.key, f.size, f.sha256] for f in files])
+
+
+def files_from_json(text: str) -> list[FileSpec]:
+    return [FileSpec(path=p, key=k, size=s, sha256=h) for p, k, s, h in json.loads(text)]

@@ -1,0 +1,200 @@
+"""Runs, their files, clusters and shards."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from datetime import datetime
+
+from sqlalchemy import Connection, delete, func, insert, or_, select, tuple_, update
+from sqlalchemy.exc import IntegrityError as ConstraintError
+
+from cbtm_common.errors import AlreadyExists, InvalidArgument, InvalidState, NotFound
+from cbtm_common.files import FileSpec
+from cbtm_common.ids import cluster_id, new_id
+from cbtm_common.recipe import Recipe
+from cbtm_coordinator.lifecycle import RunState, transition
+from cbtm_coordinator.store import events
+from cbtm_coordinator.store.records import ClusterRecord, NewCluster, RunFile, RunRecord, ShardRecord
+from cbtm_coordinator.tables import clusters, run_files, runs, shards
+
+TRAIN, HELD_OUT = "TRAIN", "HELD_OUT"
+
+
+def create(
+    tx: Connection,
+    now: datetime,
+    *,
+    name: str,
+    cluster_count: int,
+    recipe: Recipe,
+    from_scratch: bool,
+    baseline_of: str | None = None,
+) -> RunRecord:
+    """A new run in DRAFT. Raises AlreadyExists when the name is taken."""
+    run_id = new_id("run")
+    if tx.execute(select(runs.c.id).where(runs.c.name == name)).first() is not None:
+        raise AlreadyExists(f"name: a run named {name!r} exists already; choose another, or delete that run")
+    try:
+        tx.execute(
+            insert(runs).values(
+                id=run_id,
+                name=name,
+                state=RunState.DRAFT.value,
+                cluster_count=cluster_count,
+                recipe_json=recipe.to_json(),
+                from_scratch=from_scratch,
+                baseline_of=baseline_of,
+                create_time=now,
+                update_time=now,
+            )
+        )
+    except ConstraintError as error:
+        raise AlreadyExists(f"name: a run named {name!r} exists already") from error
+    events.append(tx, now, "run.created", run_id=run_id, detail={"name": name, "clusters": cluster_count})
+    return get(tx, run_id)
+
+
+def get(tx: Connection, run: str) -> RunRecord:
+    """By id or by name."""
+    row = tx.execute(select(runs).where(or_(runs.c.id == run, runs.c.name == run))).first()
+    if row is None:
+        raise NotFound(f"run: there is no run {run!r}; `cbtm-coord run list` shows them", metadata={"run": run})
+    return RunRecord.of(row)
+
+
+def list_runs(tx: Connection, *, after_id: str = "", limit: int = 100) -> list[RunRecord]:
+    return [
+        RunRecord.of(row)
+        for row in tx.execute(select(runs).where(runs.c.id > after_id).order_by(runs.c.id).limit(limit))
+    ]
+
+
+def change_state(tx: Connection, now: datetime, run: RunRecord, event: str, reason: str) -> None:
+    """One guarded update by the transition table. Raises InvalidState when another process was first."""
+    target = transition(run.state, event)
+    changed = tx.execute(
+        update(runs)
+        .where(runs.c.id == run.id, runs.c.state == run.state.value)
+        .values(state=target.value, reason=reason, update_time=now)
+    )
+    if changed.rowcount != 1:
+        raise InvalidState(f"run {run.name} is no longer {run.state}; look again with `cbtm-coord status`")
+    events.append(tx, now, f"run.{target.value.lower()}", run_id=run.id, reason=reason)
+
+
+def set_paused(tx: Connection, now: datetime, run: RunRecord, paused: bool) -> RunRecord:
+    if run.state in (RunState.DRAFT, RunState.COMPLETE):
+        raise InvalidState(f"run {run.name} is {run.state}: there is nothing to {'pause' if paused else 'resume'}")
+    if run.paused != paused:
+        tx.execute(update(runs).where(runs.c.id == run.id).values(paused=paused, update_time=now))
+        events.append(tx, now, "run.paused" if paused else "run.resumed", run_id=run.id)
+    return get(tx, run.id)
+
+
+def remove(tx: Connection, now: datetime, run: RunRecord) -> None:
+    """Forgets a run and all that hangs on it. Refused while a baseline reads its shards."""
+    other = tx.execute(select(runs.c.name).where(runs.c.baseline_of == run.id)).scalar()
+    if other is not None:
+        raise InvalidState(f"run {run.name} lends its shards to its baseline {other!r}; delete that one first")
+    tx.execute(delete(runs).where(runs.c.id == run.id))
+    events.append(tx, now, "run.deleted", run_id=run.id, detail={"name": run.name})
+
+
+def add_files(tx: Connection, run_id: str, kind: str, files: Iterable[FileSpec]) -> None:
+    """Adds files of one kind; the same path again replaces it."""
+    for file in files:
+        where = (run_files.c.run_id == run_id, run_files.c.kind == kind, run_files.c.path == file.path)
+        tx.execute(delete(run_files).where(*where))
+        tx.execute(
+            insert(run_files).values(
+                run_id=run_id, kind=kind, path=file.path, key=file.key, size=file.size, sha256=file.sha256
+            )
+        )
+
+
+def files(tx: Connection, run: RunRecord, kind: str | None = None) -> list[RunFile]:
+    query = select(run_files).where(run_files.c.run_id == run.data_run_id)
+    if kind is not None:
+        query = query.where(run_files.c.kind == kind)
+    return [RunFile.of(row) for row in tx.execute(query.order_by(run_files.c.kind, run_files.c.path))]
+
+
+def register_clusters(tx: Connection, run: RunRecord, new: Sequence[NewCluster]) -> list[ClusterRecord]:
+    """Adds clusters with their shards to a DRAFT; may be called for some of them at a time."""
+    if run.state is not RunState.DRAFT:
+        raise InvalidState(f"run {run.name} is {run.state}; clusters are registered while it is DRAFT")
+    for cluster in new:
+        if not 0 <= cluster.cluster_index < run.cluster_count:
+            raise InvalidArgument(
+                f"clusters.index: {cluster.cluster_index} is not in 0..{run.cluster_count - 1}", field="clusters.index"
+            )
+        new_cluster_id = cluster_id(run.id, cluster.cluster_index)
+        try:
+            tx.execute(
+                insert(clusters).values(
+                    id=new_cluster_id,
+                    run_id=run.id,
+                    cluster_index=cluster.cluster_index,
+                    documents=cluster.documents,
+                    train_tokens=sum(s.tokens for s in cluster.shards if s.split == TRAIN),
+                    held_out_tokens=sum(s.tokens for s in cluster.shards if s.split == HELD_OUT),
+                    top_terms_json=json.dumps(list(cluster.top_terms)),
+                    examples_json=json.dumps(list(cluster.examples)),
+                )
+            )
+        except ConstraintError as error:
+            raise AlreadyExists(f"cluster {cluster.cluster_index} of run {run.name} is registered already") from error
+        for shard in cluster.shards:
+            tx.execute(
+                insert(shards).values(
+                    id=new_id("shard"),
+                    cluster_id=new_cluster_id,
+                    split=shard.split,
+                    ordinal=shard.ordinal,
+                    key=shard.file.key,
+                    size=shard.file.size,
+                    sha256=shard.file.sha256,
+                    tokens=shard.tokens,
+                    documents=shard.documents,
+                )
+            )
+    tokens_of, documents_of = func.sum(clusters.c.train_tokens), func.sum(clusters.c.documents)
+    total = tx.execute(
+        select(tokens_of.label("tokens"), documents_of.label("documents")).where(clusters.c.run_id == run.id)
+    ).one()
+    tx.execute(
+        update(runs).where(runs.c.id == run.id).values(train_tokens=int(total.tokens), documents=int(total.documents))
+    )
+    return list_clusters(tx, run)
+
+
+def list_clusters(tx: Connection, run: RunRecord, *, after: int = -1, limit: int = 2000) -> list[ClusterRecord]:
+    """Of the run itself, in the order of the clustering model, with an index greater than `after`."""
+    query = select(clusters).where(clusters.c.run_id == run.id, clusters.c.cluster_index > after)
+    return [ClusterRecord.of(row) for row in tx.execute(query.order_by(clusters.c.cluster_index).limit(limit))]
+
+
+def list_shards(
+    tx: Connection,
+    data_run_id: str,
+    *,
+    split: str | None = None,
+    cluster_id: str | None = None,
+    after: tuple[int, str, int] | None = None,
+    limit: int = 500,
+) -> list[tuple[int, ShardRecord]]:
+    """(cluster index, shard) in training order: by cluster index, split, ordinal; after the place `after`."""
+    order = (clusters.c.cluster_index, shards.c.split, shards.c.ordinal)
+    query = (
+        select(clusters.c.cluster_index, shards)
+        .join(clusters, shards.c.cluster_id == clusters.c.id)
+        .where(clusters.c.run_id == data_run_id)
+    )
+    if split is not None:
+        query = query.where(shards.c.split == split)
+    if cluster_id is not None:
+        query = query.where(shards.c.cluster_id == cluster_id)
+    if after is not None:
+        query = query.where(tuple_(*order) > tuple_(*after))
+    return [(int(row.cluster_index), ShardRecord.of(row)) for row in tx.execute(query.order_by(*order).limit(limit))]

@@ -1,0 +1,327 @@
+"""The registry's tables. Invariants live here, as constraints, and hold whatever a process does.
+
+- one LIVE lease a task: partial unique index `uq_leases_live_task`;
+- an epoch is never reused: UNIQUE (task_id, epoch);
+- states are closed sets: CHECK;
+- one expert a cluster and version: UNIQUE;
+- a request is answered once: primary key (request_id, method, principal);
+- events are appended only: no statement in the store updates or deletes them.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from enum import StrEnum
+from typing import Any
+
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    CheckConstraint,
+    Column,
+    DateTime,
+    Float,
+    ForeignKey,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    String,
+    Table,
+    Text,
+    TypeDecorator,
+    UniqueConstraint,
+    text,
+)
+from sqlalchemy.engine import Dialect
+
+from cbtm_coordinator.lifecycle import CheckpointState, LeaseState, RunState, TaskKind, TaskState, WorkerState
+
+metadata = MetaData(
+    naming_convention={
+        "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+        "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+        "ck": "ck_%(table_name)s_%(constraint_name)s",
+        "fk": "fk_%(table_name)s_%(column_0_N_name)s_%(referred_table_name)s",
+        "pk": "pk_%(table_name)s",
+    }
+)
+
+
+class UtcDateTime(TypeDecorator[datetime]):
+    """Aware datetimes in UTC on every database; SQLite alone would give naive ones back."""
+
+    impl = DateTime(timezone=True)
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        if value is not None and value.tzinfo is None:
+            raise ValueError("a datetime without a time zone does not enter the registry")
+        return None if value is None else value.astimezone(UTC)
+
+    def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        if value is None:
+            return None
+        return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
+
+
+def _one_of(column: str, states: type[StrEnum]) -> CheckConstraint:
+    names = ", ".join(f"'{s.value}'" for s in states)
+    return CheckConstraint(f"{column} IN ({names})", name=column)
+
+
+def _id() -> Column[str]:
+    return Column("id", String(64), primary_key=True)
+
+
+def _ref(name: str, target: str, **options: Any) -> Column[str]:
+    return Column(name, String(64), ForeignKey(f"{target}.id", ondelete="CASCADE"), **options)
+
+
+def _count(name: str) -> Column[int]:
+    return Column(name, BigInteger, nullable=False, server_default=text("0"))
+
+
+def _time(name: str, *, nullable: bool = False) -> Column[datetime]:
+    return Column(name, UtcDateTime, nullable=nullable)
+
+
+def _words(name: str) -> Column[str]:
+    return Column(name, Text, nullable=False, server_default=text("''"))
+
+
+runs = Table(
+    "runs",
+    metadata,
+    _id(),
+    Column("name", String(200), nullable=False, unique=True),
+    Column("state", String(16), nullable=False),
+    Column("paused", Boolean, nullable=False, server_default=text("false")),
+    Column("cluster_count", Integer, nullable=False),
+    Column("recipe_json", Text, nullable=False),
+    Column("from_scratch", Boolean, nullable=False),
+    # A dense baseline reads the files and shards of the run beside which it stands; that run outlives it.
+    Column("baseline_of", String(64), ForeignKey("runs.id"), nullable=True),
+    _count("model_parameters"),
+    _count("train_tokens"),
+    _count("documents"),
+    _count("budget_tokens"),
+    _words("reason"),
+    _time("create_time"),
+    _time("update_time"),
+    _one_of("state", RunState),
+    CheckConstraint("cluster_count > 0", name="cluster_count"),
+)
+
+run_files = Table(
+    "run_files",
+    metadata,
+    _ref("run_id", "runs", primary_key=True),
+    Column("kind", String(16), primary_key=True),
+    Column("path", String(1024), primary_key=True),
+    Column("key", String(1024), nullable=False),
+    Column("size", BigInteger, nullable=False),
+    Column("sha256", String(64), nullable=False),
+)
+
+clusters = Table(
+    "clusters",
+    metadata,
+    _id(),
+    _ref("run_id", "runs", nullable=False),
+    Column("cluster_index", Integer, nullable=False),
+    _count("documents"),
+    _count("train_tokens"),
+    _count("held_out_tokens"),
+    Column("top_terms_json", Text, nullable=False),
+    Column("examples_json", Text, nullable=False),
+    UniqueConstraint("run_id", "cluster_index"),
+)
+
+shards = Table(
+    "shards",
+    metadata,
+    _id(),
+    _ref("cluster_id", "clusters", nullable=False),
+    Column("split", String(8), nullable=False),
+    Column("ordinal", Integer, nullable=False),
+    Column("key", String(1024), nullable=False),
+    Column("size", BigInteger, nullable=False),
+    Column("sha256", String(64), nullable=False),
+    Column("tokens", BigInteger, nullable=False),
+    Column("documents", BigInteger, nullable=False),
+    UniqueConstraint("cluster_id", "split", "ordinal"),
+    CheckConstraint("split IN ('TRAIN', 'HELD_OUT')", name="split"),
+)
+
+tokens = Table(
+    "tokens",
+    metadata,
+    _id(),
+    Column("role", String(16), nullable=False),
+    Column("secret_hash", String(64), nullable=False, unique=True),
+    _words("label"),
+    _time("create_time"),
+    _time("expire_time", nullable=True),
+    # 0: without limit.
+    _count("max_uses"),
+    _count("uses"),
+    Column("revoked", Boolean, nullable=False, server_default=text("false")),
+    CheckConstraint("role IN ('WORKER', 'CONSUMER', 'ADMIN')", name="role"),
+    CheckConstraint("max_uses = 0 OR uses <= max_uses", name="uses"),
+)
+
+workers = Table(
+    "workers",
+    metadata,
+    _id(),
+    Column("name", String(200), nullable=False),
+    Column("state", String(16), nullable=False),
+    Column("credential_hash", String(64), nullable=False, unique=True),
+    Column("token_id", String(64), ForeignKey("tokens.id"), nullable=True),
+    Column("hardware_json", Text, nullable=False),
+    Column("version", String(64), nullable=False),
+    _time("register_time"),
+    _time("last_seen_time"),
+    _count("finished_tasks"),
+    _count("failed_tasks"),
+    # Failures in a row, and until when they keep it waiting.
+    _count("failures"),
+    _time("not_before_time", nullable=True),
+    _words("reason"),
+    _one_of("state", WorkerState),
+)
+
+tasks = Table(
+    "tasks",
+    metadata,
+    _id(),
+    _ref("run_id", "runs", nullable=False),
+    Column("kind", String(16), nullable=False),
+    _ref("cluster_id", "clusters", nullable=True),
+    Column("cluster_index", Integer, nullable=False, server_default=text("-1")),
+    Column("state", String(16), nullable=False),
+    Column("total_steps", BigInteger, nullable=False),
+    _count("committed_step"),
+    _count("attempts"),
+    Column("max_attempts", Integer, nullable=False),
+    _count("epoch"),
+    _time("not_before_time"),
+    _words("reason"),
+    _time("create_time"),
+    _time("update_time"),
+    _one_of("kind", TaskKind),
+    _one_of("state", TaskState),
+    CheckConstraint("committed_step <= total_steps", name="committed_step"),
+    UniqueConstraint("run_id", "kind", "cluster_index"),
+)
+Index(
+    "ix_tasks_open",
+    tasks.c.run_id,
+    tasks.c.kind,
+    sqlite_where=tasks.c.state == "PENDING",
+    postgresql_where=tasks.c.state == "PENDING",
+)
+
+leases = Table(
+    "leases",
+    metadata,
+    _id(),
+    _ref("task_id", "tasks", nullable=False),
+    _ref("worker_id", "workers", nullable=False),
+    Column("epoch", BigInteger, nullable=False),
+    Column("state", String(16), nullable=False),
+    _time("acquire_time"),
+    _time("expire_time"),
+    # When it counts as hung unless it shows progress before.
+    _time("stall_time"),
+    _time("end_time", nullable=True),
+    _words("reason"),
+    _count("step"),
+    Column("loss", Float, nullable=True),
+    Column("tokens_per_second", Float, nullable=False, server_default=text("0")),
+    _words("phase"),
+    _count("transferred_bytes"),
+    _one_of("state", LeaseState),
+    CheckConstraint("(state = 'LIVE') = (end_time IS NULL)", name="end_time"),
+    UniqueConstraint("task_id", "epoch"),
+)
+_LIVE = leases.c.state == LeaseState.LIVE.value
+Index("uq_leases_live_task", leases.c.task_id, unique=True, sqlite_where=_LIVE, postgresql_where=_LIVE)
+Index("ix_leases_live_expiry", leases.c.expire_time, sqlite_where=_LIVE, postgresql_where=_LIVE)
+Index("ix_leases_worker", leases.c.worker_id, leases.c.state)
+
+checkpoints = Table(
+    "checkpoints",
+    metadata,
+    _id(),
+    _ref("task_id", "tasks", nullable=False),
+    _ref("lease_id", "leases", nullable=False),
+    Column("epoch", BigInteger, nullable=False),
+    Column("step", BigInteger, nullable=False),
+    Column("state", String(16), nullable=False),
+    Column("final", Boolean, nullable=False),
+    Column("files_json", Text, nullable=False),
+    _words("metrics_json"),
+    _words("reason"),
+    # A PRUNED or REJECTED one whose objects are gone.
+    Column("objects_deleted", Boolean, nullable=False, server_default=text("false")),
+    _time("create_time"),
+    _time("commit_time", nullable=True),
+    _one_of("state", CheckpointState),
+    UniqueConstraint("task_id", "epoch", "step"),
+)
+Index("ix_checkpoints_state", checkpoints.c.state, checkpoints.c.objects_deleted)
+
+experts = Table(
+    "experts",
+    metadata,
+    _id(),
+    _ref("run_id", "runs", nullable=False),
+    _ref("cluster_id", "clusters", nullable=True),
+    # -1 for the seed, so that the constraint below holds for it too (NULLs are distinct).
+    Column("cluster_index", Integer, nullable=False),
+    Column("version", Integer, nullable=False),
+    Column("checkpoint_id", String(64), ForeignKey("checkpoints.id", ondelete="CASCADE"), nullable=True),
+    Column("files_json", Text, nullable=False),
+    _words("metrics_json"),
+    _time("create_time"),
+    UniqueConstraint("run_id", "cluster_index", "version"),
+)
+
+unfit = Table(
+    "unfit",
+    metadata,
+    _ref("worker_id", "workers", primary_key=True),
+    _ref("task_id", "tasks", primary_key=True),
+    _words("reason"),
+)
+
+requests = Table(
+    "requests",
+    metadata,
+    Column("request_id", String(64), primary_key=True),
+    Column("method", String(64), primary_key=True),
+    Column("principal", String(64), primary_key=True),
+    Column("response", LargeBinary, nullable=False),
+    _time("create_time"),
+)
+Index("ix_requests_create_time", requests.c.create_time)
+
+events = Table(
+    "events",
+    metadata,
+    Column("id", BigInteger().with_variant(Integer, "sqlite"), primary_key=True, autoincrement=True),
+    _time("event_time"),
+    Column("kind", String(64), nullable=False),
+    # Plain text, not references: the log outlives what it tells of.
+    Column("run_id", String(64), nullable=False, server_default=text("''")),
+    Column("task_id", String(64), nullable=False, server_default=text("''")),
+    Column("lease_id", String(64), nullable=False, server_default=text("''")),
+    Column("worker_id", String(64), nullable=False, server_default=text("''")),
+    _words("reason"),
+    _words("detail_json"),
+    sqlite_autoincrement=True,
+)
+Index("ix_events_run", events.c.run_id, events.c.id)
+Index("ix_events_task", events.c.task_id, events.c.id)
