@@ -1,23 +1,26 @@
 """Moves bytes by signed URLs, over HTTP.
 
 A download goes to `NAME.part`, resumes by Range where it broke, is checked against length and SHA-256, and is renamed
-into place whole. An upload is one PUT, or parts, of which the server lists only the missing ones, so that an 80 GB
-checkpoint goes on where it stopped. A transfer that moves no byte for `stall_seconds` is broken off and tried again.
-Redirects are not followed: a signed URL is for the host that it names.
+into place whole. An upload is one PUT, or parts of which the server lists only the missing ones, so that an 80 GB
+checkpoint goes on where it stopped. A transfer that moves no byte for `timeout` seconds is broken off and tried again
+with jittered back-off; as long as attempts bring bytes, a download never gives up. Redirects are refused: a signed URL
+is for the host that it names.
 
 Not here: what to transfer, and new URLs for expired ones (`UrlExpired` says when to ask for them).
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import random
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, Self
+from typing import Self
 from urllib.parse import urljoin, urlsplit
 
 import httpx
@@ -26,42 +29,53 @@ from cbtm_api.v1 import resources_pb2 as pb
 from cbtm_common.errors import (
     AlreadyExists,
     Cancelled,
-    CbtmError,
     IntegrityError,
+    InvalidArgument,
     NotFound,
+    PermissionDenied,
     ResourceExhausted,
     Unavailable,
 )
 from cbtm_common.rpc import RetryPolicy
 
 _CHUNK = 1 << 18
+_CONNECT_SECONDS = 15.0
+# An S3 server says so with 400: the body stalled on its side.
+_RETRYABLE_400 = ("RequestTimeout", "IncompleteBody")
+
+# Called with the number of bytes just moved. Bytes sent again after a failure count again.
 OnBytes = Callable[[int], None]
 
 
 class UrlExpired(Unavailable):
-    """The signed URL is no longer good; ask the coordinator for a new one."""
-
-
-def _ignore(_: int) -> None:
-    return None
+    """The signed URL (or the upload that it is a part of) is no longer good; ask the coordinator for a new one."""
 
 
 class Transfer:
     """An HTTP client for signed requests; thread-safe; a context manager.
 
-    `base_url` is what path-only URLs are joined to: a string, or a function that gives it when needed.
+    `base_url` is what path-only URLs are joined to: a string, or a function that gives it when needed. `timeout` is in
+    seconds without a byte; `parallel_parts` parts of one upload are sent at a time.
     """
 
     def __init__(
         self,
         *,
-        base_url: str | Callable[[], str],
-        stall_seconds: float = 60.0,
+        base_url: str | Callable[[], str] = "",
+        timeout: float = 60.0,
         policy: RetryPolicy | None = None,
+        parallel_parts: int = 3,
     ) -> None:
         self._base_url = base_url
         self._policy = policy or RetryPolicy(attempts=8, initial=0.3, maximum=20.0)
-        self._client = httpx.Client(timeout=httpx.Timeout(stall_seconds, connect=15.0), follow_redirects=False)
+        self._parallel_parts = parallel_parts
+        connect = min(timeout, _CONNECT_SECONDS)
+        # No limit on connections: whoever calls from many threads must not wait for a pool, and time out.
+        self._client = httpx.Client(
+            timeout=httpx.Timeout(timeout, connect=connect),
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=16),
+            follow_redirects=False,
+        )
 
     def __enter__(self) -> Self:
         return self
@@ -77,137 +91,246 @@ class Transfer:
         download: pb.Download,
         destination: Path,
         *,
-        on_bytes: OnBytes = _ignore,
+        on_bytes: OnBytes | None = None,
         cancelled: threading.Event | None = None,
     ) -> None:
-        """Fetches `download.file` to `destination`. Raises IntegrityError when what came is not that file."""
+        """Fetches `download.file` to `destination`; what is there is replaced. One caller a destination.
+
+        Raises IntegrityError when what came is not that file, UrlExpired, NotFound, ResourceExhausted (disk full),
+        Cancelled, or Unavailable when attempts brought nothing.
+        """
         destination.parent.mkdir(parents=True, exist_ok=True)
-        part = destination.with_name(destination.name + ".part")
-        self._retry(lambda: self._download_rest(download, part, on_bytes, cancelled), cancelled)
-        file = download.file
-        size, digest = _size_and_hash(part)
-        if size != file.size or digest != file.sha256:
-            part.unlink()
-            raise IntegrityError(
-                f"{file.path}: received {size} bytes with SHA-256 {digest}, expected {file.size} with {file.sha256}"
-            )
-        os.replace(part, destination)
+        partial = _Partial(destination.with_name(destination.name + ".part"), download.file)
+        stop = _Stop(cancelled)
+        report = on_bytes or _ignore
+        while True:
+            resumed = partial.open()
+            try:
+                self._retry(lambda: self._fetch(download, partial, report, stop), stop, lambda: partial.size)
+                wrong = partial.wrong()
+            except OSError as error:
+                raise _disk_error(error, partial.path) from error
+            finally:
+                partial.close()
+            if not wrong:
+                os.replace(partial.path, destination)
+                return
+            partial.path.unlink()
+            # What an earlier process left may have been of something else; what came whole just now was not.
+            if not resumed:
+                raise IntegrityError(f"{download.file.path}: {wrong}", metadata={"key": download.file.key})
 
     def upload(
         self,
         upload: pb.Upload,
         source: Path,
         *,
-        on_bytes: OnBytes = _ignore,
+        on_bytes: OnBytes | None = None,
         cancelled: threading.Event | None = None,
     ) -> None:
-        """Sends `source` as `upload` says: nothing when stored, one PUT, or the missing parts."""
+        """Sends `source` as `upload` says: nothing when stored, one PUT, or the missing parts.
+
+        `on_bytes` is never called by two threads at once. Raises UrlExpired (prepare again: what is stored by then is
+        left out), IntegrityError (`source` is not the file described), AlreadyExists, ResourceExhausted, Cancelled, or
+        Unavailable.
+        """
         if upload.stored:
             return
-        if upload.HasField("multipart"):
-            for part in upload.multipart.parts:
-                start = (part.part_number - 1) * upload.multipart.part_size
-                self._put(part.request, source, start, part.size, on_bytes, cancelled)
-        else:
-            self._put(upload.request, source, 0, upload.file.size, on_bytes, cancelled)
+        size = source.stat().st_size
+        if size != upload.file.size:
+            raise IntegrityError(f"{source}: {size} bytes, but it was described with {upload.file.size}")
+        stop = _Stop(cancelled)
+        report = _serialised(on_bytes or _ignore)
+        if not upload.HasField("multipart"):
+            self._put(upload.request, source, 0, size, report, stop)
+            return
+
+        def send(part: pb.PartUpload) -> None:
+            start = (part.part_number - 1) * upload.multipart.part_size
+            try:
+                self._put(part.request, source, start, part.size, report, stop)
+            except NotFound as error:
+                raise UrlExpired(f"the upload in parts is gone; {error.message}") from error
+
+        _in_parallel(send, list(upload.multipart.parts), self._parallel_parts, stop)
 
     def _put(
-        self,
-        request: pb.SignedRequest,
-        source: Path,
-        start: int,
-        size: int,
-        on_bytes: OnBytes,
-        cancelled: threading.Event | None,
+        self, request: pb.SignedRequest, source: Path, start: int, size: int, on_bytes: OnBytes, stop: _Stop
     ) -> None:
         def attempt() -> None:
-            with source.open("rb") as file:
-                body = _slices(file, start, size, on_bytes, cancelled)
-                headers = {**request.headers, "content-length": str(size)}
-                response = self._client.request(request.method, self._url(request), headers=headers, content=body)
-            _check(response)
+            body = _slice(source, start, size, on_bytes, stop)
+            headers = {**request.headers, "content-length": str(size)}
+            _check(self._client.request(request.method, self._url(request), headers=headers, content=body))
 
-        self._retry(attempt, cancelled)
+        self._retry(attempt, stop)
 
-    def _download_rest(
-        self, download: pb.Download, part: Path, on_bytes: OnBytes, cancelled: threading.Event | None
-    ) -> None:
-        have = part.stat().st_size if part.exists() else 0
-        if have > download.file.size:
-            part.unlink()
-            have = 0
-        if have == download.file.size and have > 0:
+    def _fetch(self, download: pb.Download, partial: _Partial, on_bytes: OnBytes, stop: _Stop) -> None:
+        """One attempt at what is missing."""
+        file, request = download.file, download.request
+        start = partial.size
+        if start == file.size and start > 0:
             return
-        request = download.request
-        headers = dict(request.headers)
-        if have:
-            headers["range"] = f"bytes={have}-"
+        headers = {**request.headers, "accept-encoding": "identity"}
+        if start:
+            headers["range"] = f"bytes={start}-"
         with self._client.stream(request.method, self._url(request), headers=headers) as response:
-            if response.is_error or response.is_redirect:
+            if not response.is_success:
                 response.read()
+            if response.status_code == 416:
+                partial.truncate()
+                raise Unavailable(f"{file.path}: the store has no byte {start}")
             _check(response)
-            append = response.status_code == 206
-            with part.open("ab" if append else "wb") as file:
-                written = have if append else 0
-                for chunk in response.iter_raw(_CHUNK):
-                    if cancelled is not None and cancelled.is_set():
-                        raise Cancelled("the download was cancelled")
-                    written += len(chunk)
-                    if written > download.file.size:
-                        raise IntegrityError(
-                            f"{download.file.path}: the store sends more than {download.file.size} bytes"
-                        )
-                    file.write(chunk)
-                    on_bytes(len(chunk))
-                file.flush()
-                os.fsync(file.fileno())
-        if written < download.file.size:
-            raise Unavailable(f"{download.file.path}: the connection ended after {written} bytes")
+            # A server may ignore Range, or answer another one than was asked for.
+            if start and not response.headers.get("content-range", "").startswith(f"bytes {start}-"):
+                if response.status_code == 206:
+                    raise IntegrityError(f"{file.path}: the store answered another range than was asked for")
+                partial.truncate()
+            for chunk in response.iter_raw(_CHUNK):
+                stop.check("download")
+                partial.write(chunk)
+                on_bytes(len(chunk))
+        if partial.size < file.size:
+            raise Unavailable(f"{file.path}: the connection ended after {partial.size} of {file.size} bytes")
 
     def _url(self, request: pb.SignedRequest) -> str:
-        if urlsplit(request.url).scheme in ("http", "https"):
-            return request.url
-        base = self._base_url if isinstance(self._base_url, str) else self._base_url()
-        return urljoin(base, request.url)
+        url = request.url
+        if not urlsplit(url).scheme:
+            url = urljoin(self._base_url if isinstance(self._base_url, str) else self._base_url(), url)
+        if urlsplit(url).scheme not in ("http", "https"):
+            raise InvalidArgument(f"url: {url!r} is not an HTTP URL; is the coordinator's HTTP endpoint known?")
+        return url
 
-    def _retry(self, attempt: Callable[[], None], cancelled: threading.Event | None) -> None:
-        """Runs `attempt` until it succeeds, fails for good, or the policy's attempts are used up."""
-        waiting = cancelled or threading.Event()
-        for number in range(self._policy.attempts):
+    def _retry(self, attempt: Callable[[], None], stop: _Stop, progress: Callable[[], int] = lambda: 0) -> None:
+        """Runs `attempt` until it succeeds, fails for good, or used up the policy's attempts without progress."""
+        failures = 0
+        while True:
+            before = progress()
             try:
                 return attempt()
             except UrlExpired:
                 raise
-            except (Unavailable, httpx.TransportError) as error:
-                last = error if isinstance(error, CbtmError) else Unavailable(f"transfer: {error!r}")
-                final = number + 1 == self._policy.attempts
-            if final or waiting.wait(self._policy.delay(number, random.random())):
+            except Unavailable as error:
+                last = error
+            except httpx.TransportError as error:
+                last = Unavailable(f"{type(error).__name__} from the object store: {error}")
+            failures = 0 if progress() > before else failures + 1
+            if failures >= self._policy.attempts:
                 raise last
-        return None
+            stop.pause(self._policy.delay(failures, random.random()))
 
 
-def _slices(
-    file: BinaryIO, start: int, size: int, on_bytes: OnBytes, cancelled: threading.Event | None
-) -> Iterator[bytes]:
-    file.seek(start)
-    left = size
-    while left:
-        if cancelled is not None and cancelled.is_set():
-            raise Cancelled("the upload was cancelled")
-        chunk = file.read(min(_CHUNK, left))
-        if not chunk:
-            raise IntegrityError(f"{file.name} is shorter than the {start + size} bytes it was described with")
-        left -= len(chunk)
-        yield chunk
-        on_bytes(len(chunk))
+class _Stop:
+    """Set when the caller cancelled, or when a sibling failed."""
+
+    def __init__(self, cancelled: threading.Event | None) -> None:
+        self._cancelled = cancelled or threading.Event()
+        self.failed = threading.Event()
+
+    def check(self, what: str = "transfer") -> None:
+        if self._cancelled.is_set() or self.failed.is_set():
+            raise Cancelled(f"the {what} was cancelled")
+
+    def pause(self, seconds: float) -> None:
+        """Waits; Cancelled as soon as the caller says so."""
+        if self._cancelled.wait(seconds):
+            self.check()
+        self.check()
+
+
+class _Partial:
+    """The `.part` file of one download: appended to, and hashed as it grows."""
+
+    def __init__(self, path: Path, file: pb.FileSpec) -> None:
+        self.path = path
+        self._expected = file
+        self.size = 0
+
+    def open(self) -> bool:
+        """Opens it for appending; whether it holds bytes of an earlier attempt."""
+        self._file = self.path.open("a+b")
+        self._digest = hashlib.sha256()
+        self.size = 0
+        self._file.seek(0)
+        while chunk := self._file.read(_CHUNK):
+            self._digest.update(chunk)
+            self.size += len(chunk)
+        if self.size > self._expected.size:
+            self.truncate()
+        return self.size > 0
+
+    def truncate(self) -> None:
+        self._file.truncate(0)
+        self._digest = hashlib.sha256()
+        self.size = 0
+
+    def write(self, chunk: bytes) -> None:
+        if self.size + len(chunk) > self._expected.size:
+            self.truncate()
+            raise IntegrityError(f"{self._expected.path}: the store sends more than {self._expected.size} bytes")
+        self._file.write(chunk)
+        self._digest.update(chunk)
+        self.size += len(chunk)
+
+    def wrong(self) -> str:
+        """Flushes to disk; what is wrong with the whole, or nothing."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        found = self._digest.hexdigest()
+        if (self.size, found) == (self._expected.size, self._expected.sha256):
+            return ""
+        return (
+            f"received {self.size} bytes with SHA-256 {found}, "
+            f"expected {self._expected.size} with {self._expected.sha256}"
+        )
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _slice(source: Path, start: int, size: int, on_bytes: OnBytes, stop: _Stop) -> Iterator[bytes]:
+    with source.open("rb") as file:
+        file.seek(start)
+        left = size
+        while left:
+            stop.check("upload")
+            chunk = file.read(min(_CHUNK, left))
+            if not chunk:
+                raise IntegrityError(f"{source} became shorter while it was sent")
+            left -= len(chunk)
+            yield chunk
+            on_bytes(len(chunk))
+
+
+def _in_parallel(send: Callable[[pb.PartUpload], None], parts: list[pb.PartUpload], threads: int, stop: _Stop) -> None:
+    """Runs `send` for every part; the first failure stops the others, and is what is raised."""
+
+    def run(part: pb.PartUpload) -> None:
+        stop.check("upload")
+        send(part)
+
+    first: BaseException | None = None
+    with ThreadPoolExecutor(max_workers=threads, thread_name_prefix="upload-part") as pool:
+        try:
+            for future in as_completed([pool.submit(run, part) for part in parts]):
+                if first is None and (first := future.exception()) is not None:
+                    stop.failed.set()
+        except BaseException:
+            # Ctrl-C in this thread: the others must not go on with their parts.
+            stop.failed.set()
+            raise
+    if first is not None:
+        raise first
 
 
 def _check(response: httpx.Response) -> None:
     """Turns an HTTP status into one of our errors; the store's own words are kept, cut short."""
     code = response.status_code
-    if 200 <= code < 300:
+    if response.is_success:
         return
-    said = f"the object store answered {code}: {response.text[:300]}"
+    if response.is_redirect:
+        raise PermissionDenied(f"the object store redirected to {response.headers.get('location')}: refused")
+    text = response.text
+    said = f"the object store answered {code}: {text[:300]}"
     if code in (401, 403):
         raise UrlExpired(said)
     if code == 404:
@@ -216,12 +339,27 @@ def _check(response: httpx.Response) -> None:
         raise AlreadyExists(said)
     if code == 507:
         raise ResourceExhausted(said)
-    if code >= 500 or code in (408, 425, 429):
+    if code >= 500 or code in (408, 425, 429) or (code == 400 and any(word in text for word in _RETRYABLE_400)):
         raise Unavailable(said)
+    # The rest means that what was sent is not what was signed: wrong digest, wrong length.
     raise IntegrityError(said)
 
 
-def _size_and_hash(path: Path) -> tuple[int, str]:
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return path.stat().st_size, digest
+def _disk_error(error: OSError, path: Path) -> Exception:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return ResourceExhausted(f"{path.parent}: the disk is full; free some space and try again")
+    return error
+
+
+def _serialised(on_bytes: OnBytes) -> OnBytes:
+    lock = threading.Lock()
+
+    def report(count: int) -> None:
+        with lock:
+            on_bytes(count)
+
+    return report
+
+
+def _ignore(_: int) -> None:
+    return None

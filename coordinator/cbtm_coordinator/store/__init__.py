@@ -3,7 +3,7 @@
 `Store` owns the engine and the clock. A caller opens a transaction and calls the nouns' modules with it:
 
     with store.writing() as tx:
-        lease, task = store.tasks.acquire(tx, store.now(), worker_id)
+        claimed = tasks.acquire(tx, store.now(), worker_id)
 
 `store.once(...)` does the same for a mutation that a client may repeat. Everything returned is a frozen record
 (`store.records`). Guarantees: what one transaction wrote is durable when it ends, or not there at all; states change
@@ -21,7 +21,7 @@ from sqlalchemy import Connection
 from cbtm_coordinator.store import checkpoints, events, identities, requests, runs, tasks
 from cbtm_coordinator.store.database import open_engine, reading, writing
 
-__all__ = ["Connection", "Store", "utc_now"]
+__all__ = ["Connection", "Store", "checkpoints", "events", "identities", "requests", "runs", "tasks", "utc_now"]
 
 
 def utc_now() -> datetime:
@@ -30,12 +30,6 @@ def utc_now() -> datetime:
 
 class Store:
     """The registry at `url` (`sqlite:///PATH` or `postgresql://…`); thread-safe."""
-
-    checkpoints = checkpoints
-    events = events
-    identities = identities
-    runs = runs
-    tasks = tasks
 
     def __init__(self, url: str, *, clock: Callable[[], datetime] = utc_now, pool_size: int = 20) -> None:
         self.engine = open_engine(url, pool_size=pool_size)

@@ -341,3 +341,31 @@ def deletable(tx: Connection, *, limit: int = 50) -> list[CheckpointRecord]:
 
 def mark_deleted(tx: Connection, checkpoint_id: str) -> None:
     tx.execute(update(checkpoints).where(checkpoints.c.id == checkpoint_id).values(objects_deleted=True))
+
+
+def needs_pruning(tx: Connection, before: datetime) -> bool:
+    """Whether `prune_finished` or `prune_abandoned` would change anything."""
+    open_states = [CheckpointState.COMMITTED.value, CheckpointState.UPLOADING.value]
+    query = (
+        select(checkpoints.c.id)
+        .join(tasks_table, tasks_table.c.id == checkpoints.c.task_id)
+        .where(
+            checkpoints.c.state.in_(open_states),
+            (tasks_table.c.state == TaskState.DONE.value)
+            | ((checkpoints.c.state == CheckpointState.UPLOADING.value) & (checkpoints.c.create_time < before)),
+        )
+        .limit(1)
+    )
+    return tx.execute(query).first() is not None
+
+
+def holds_objects(tx: Connection, task_id: str, epoch: int, step: int) -> bool:
+    """Whether a checkpoint's objects are wanted: it is there, and not pruned or rejected."""
+    gone = [CheckpointState.PRUNED.value, CheckpointState.REJECTED.value]
+    query = select(checkpoints.c.id).where(
+        checkpoints.c.task_id == task_id,
+        checkpoints.c.epoch == epoch,
+        checkpoints.c.step == step,
+        checkpoints.c.state.not_in(gone),
+    )
+    return tx.execute(query).first() is not None

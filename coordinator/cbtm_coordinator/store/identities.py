@@ -8,7 +8,6 @@ from datetime import datetime
 from sqlalchemy import Connection, insert, or_, select, update
 
 from cbtm_common.errors import NotFound, Unauthenticated
-from cbtm_common.ids import new_id
 from cbtm_coordinator.lifecycle import WorkerState
 from cbtm_coordinator.scheduler import backoff
 from cbtm_coordinator.store import events
@@ -20,13 +19,13 @@ def create_token(
     tx: Connection,
     now: datetime,
     *,
+    token_id: str,
     role: str,
     secret_hash: str,
     label: str = "",
     expire_time: datetime | None = None,
     max_uses: int = 0,
 ) -> TokenRecord:
-    token_id = new_id("token")
     tx.execute(
         insert(tokens).values(
             id=token_id,
@@ -93,13 +92,13 @@ def create_worker(
     tx: Connection,
     now: datetime,
     *,
+    worker_id: str,
     name: str,
     credential_hash: str,
     token_id: str,
     hardware_json: str,
     version: str,
 ) -> WorkerRecord:
-    worker_id = new_id("worker")
     tx.execute(
         insert(workers).values(
             id=worker_id,

@@ -181,6 +181,7 @@ def list_shards(
     *,
     split: str | None = None,
     cluster_id: str | None = None,
+    keys: Sequence[str] | None = None,
     after: tuple[int, str, int] | None = None,
     limit: int = 500,
 ) -> list[tuple[int, ShardRecord]]:
@@ -195,6 +196,29 @@ def list_shards(
         query = query.where(shards.c.split == split)
     if cluster_id is not None:
         query = query.where(shards.c.cluster_id == cluster_id)
+    if keys is not None:
+        query = query.where(shards.c.key.in_(keys))
     if after is not None:
         query = query.where(tuple_(*order) > tuple_(*after))
     return [(int(row.cluster_index), ShardRecord.of(row)) for row in tx.execute(query.order_by(*order).limit(limit))]
+
+
+def set_train_tokens(tx: Connection, run_id: str, train_tokens: int) -> None:
+    """For a baseline, whose shards are another run's."""
+    tx.execute(update(runs).where(runs.c.id == run_id).values(train_tokens=train_tokens))
+
+
+def set_budget(tx: Connection, run_id: str, *, tokens: int, parameters: int) -> None:
+    """Tokens that all tasks of a run train on together, and the size of its model."""
+    tx.execute(update(runs).where(runs.c.id == run_id).values(budget_tokens=tokens, model_parameters=parameters))
+
+
+def knows_key(tx: Connection, run_id: str, key: str) -> bool:
+    """Whether a file or shard of the run lies at this object key. All are wanted while the run is a DRAFT."""
+    in_files = select(run_files.c.key).where(run_files.c.run_id == run_id, run_files.c.key == key)
+    in_shards = (
+        select(shards.c.key)
+        .join(clusters, clusters.c.id == shards.c.cluster_id)
+        .where(clusters.c.run_id == run_id, shards.c.key == key)
+    )
+    return tx.execute(in_files).first() is not None or tx.execute(in_shards).first() is not None

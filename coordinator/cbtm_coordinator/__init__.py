@@ -1,0 +1,1 @@
+"""The coordinator: registry, scheduler, storage, clustering and the services over them."""

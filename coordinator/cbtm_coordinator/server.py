@@ -1,0 +1,169 @@
+"""The coordinator process: composes registry, object store and services, serves until told to stop, drains.
+
+SIGTERM or SIGINT: health turns NOT_SERVING, new calls are refused as UNAVAILABLE (clients try again), calls in progress
+finish, exit 0. A second signal ends at once. Nothing that matters is kept in memory, so `kill -9` costs nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from importlib.metadata import version
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from cbtm_api.v1 import admin_service_pb2_grpc, catalog_service_pb2_grpc, worker_service_pb2_grpc
+from cbtm_common.errors import InvalidState, Unavailable
+from cbtm_common.rpc import CHANNEL_OPTIONS
+from cbtm_coordinator import migrations
+from cbtm_coordinator.config import SIGNING_KEY_NAME, CoordinatorConfig
+from cbtm_coordinator.services.admin import AdminServicer
+from cbtm_coordinator.services.auth import ADMIN_SERVICE, CATALOG_SERVICE, WORKER_SERVICE, Authenticator
+from cbtm_coordinator.services.catalog import CatalogServicer
+from cbtm_coordinator.services.commit import Verifier
+from cbtm_coordinator.services.context import ServiceContext
+from cbtm_coordinator.services.interceptors import ServerInterceptor
+from cbtm_coordinator.services.reaper import Reaper
+from cbtm_coordinator.services.worker import WorkerServicer
+from cbtm_coordinator.storage import LocalStore, StorageConfig, load_or_create_key, open_object_store
+from cbtm_coordinator.store import Store
+
+_log = logging.getLogger(__name__)
+_SERVICES = (WORKER_SERVICE, CATALOG_SERVICE, ADMIN_SERVICE, "grpc.health.v1.Health", reflection.SERVICE_NAME)
+
+_SERVER_OPTIONS = [
+    *CHANNEL_OPTIONS,
+    # Without it two coordinators on one port would share it silently.
+    ("grpc.so_reuseport", 0),
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+    ("grpc.max_connection_idle_ms", 15 * 60 * 1000),
+]
+
+
+class Coordinator:
+    """A running coordinator. `port` and `http_port` are the real ones; `http_port` 0 with an S3 store."""
+
+    def __init__(self, config: CoordinatorConfig) -> None:
+        self.config = config
+        self.store = open_registry(config)
+        key = load_or_create_key(config.data_dir / SIGNING_KEY_NAME)
+        self.objects = open_object_store(
+            StorageConfig(
+                location=config.storage_location,
+                signing_key=key,
+                public_url=config.public_http_url,
+                endpoint_url=config.s3_endpoint_url,
+                public_endpoint_url=config.s3_public_endpoint_url,
+                region=config.s3_region,
+                path_style=config.s3_path_style,
+            )
+        )
+        self.objects.check()
+        self._draining = threading.Event()
+        self._http: Any = None
+        self._http_thread: threading.Thread | None = None
+        self.http_port = self._serve_http() if isinstance(self.objects, LocalStore) else 0
+        context = ServiceContext(
+            store=self.store,
+            objects=self.objects,
+            secret_key=key,
+            url_ttl=config.url_ttl,
+            version=version("cbtm"),
+        )
+        self._verifier = Verifier(self.objects, part_size=context.part_size)
+        self._health = health.HealthServicer()
+        self._grpc = self._build(context)
+        self.port = self._bind()
+        self._reaper = Reaper(
+            self.store,
+            self.objects,
+            interval=config.reaper_seconds,
+            orphan_interval=_seconds(config.orphan_seconds),
+            orphan_grace=_seconds(config.orphan_grace_seconds),
+        )
+
+    def _build(self, context: ServiceContext) -> grpc.Server:
+        told = 0 if self.config.public_http_url else self.http_port
+        authenticator = Authenticator(self.store, public_catalog=self.config.public_catalog)
+        interceptor = ServerInterceptor(authenticator, http_port=told, draining=self._draining.is_set)
+        server = grpc.server(
+            ThreadPoolExecutor(self.config.threads, thread_name_prefix="grpc"),
+            interceptors=[interceptor],
+            options=_SERVER_OPTIONS,
+        )
+        worker_service_pb2_grpc.add_WorkerServiceServicer_to_server(WorkerServicer(context, self._verifier), server)
+        catalog_service_pb2_grpc.add_CatalogServiceServicer_to_server(CatalogServicer(context), server)
+        admin_service_pb2_grpc.add_AdminServiceServicer_to_server(AdminServicer(context), server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        reflection.enable_server_reflection(_SERVICES, server)
+        return server
+
+    def _bind(self) -> int:
+        host, port = self.config.host, self.config.port
+        try:
+            return int(self._grpc.add_insecure_port(f"{host}:{port}"))
+        except RuntimeError as error:
+            raise Unavailable(f"port: {host}:{port} cannot be bound; is another coordinator running?") from error
+
+    def _serve_http(self) -> int:
+        import uvicorn
+
+        from cbtm_coordinator.storage.http_app import make_app
+
+        assert isinstance(self.objects, LocalStore)
+        listener = socket.socket()
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((self.config.host, self.config.http_port))
+        except OSError as error:
+            raise Unavailable(f"http_port: {self.config.host}:{self.config.http_port}: {error.strerror}") from error
+        settings = uvicorn.Config(
+            make_app(self.objects), log_level="warning", access_log=False, timeout_keep_alive=75, lifespan="off"
+        )
+        self._http = uvicorn.Server(settings)
+        self._http_thread = threading.Thread(target=self._http.run, args=([listener],), name="http", daemon=True)
+        return int(listener.getsockname()[1])
+
+    def start(self) -> None:
+        if self._http_thread is not None:
+            self._http_thread.start()
+        self._grpc.start()
+        self._reaper.start()
+        for service in ("", *_SERVICES):
+            self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
+
+    def stop(self) -> None:
+        """Drains: refuses new calls, finishes those in progress, closes everything."""
+        for service in ("", *_SERVICES):
+            self._health.set(service, health_pb2.HealthCheckResponse.NOT_SERVING)
+        self._draining.set()
+        self._grpc.stop(self.config.drain_seconds).wait()
+        if self._http is not None and self._http_thread is not None:
+            self._http.should_exit = True
+            self._http_thread.join(self.config.drain_seconds)
+        self._reaper.close()
+        self._verifier.close()
+        self.store.close()
+
+
+def open_registry(config: CoordinatorConfig) -> Store:
+    """The registry, checked to be of this version. Raises InvalidState, saying what to run."""
+    store = Store(config.registry_url, pool_size=config.threads)
+    current, head = migrations.current_and_head(store.engine)
+    if current is None:
+        raise InvalidState("the registry is empty: run `cbtm-coord init` (or `cbtm-coord db upgrade`) first")
+    if current != head:
+        raise InvalidState(f"the registry is at revision {current}, this version needs {head}: `cbtm-coord db upgrade`")
+    return store
+
+
+def _seconds(value: float) -> timedelta:
+
+    return timedelta(seconds=value)

@@ -1,0 +1,345 @@
+"""WorkerService: thin over the store. Every write under a lease names its epoch; every mutation its request_id."""
+
+from __future__ import annotations
+
+import json
+from datetime import timedelta
+from typing import Any
+
+from google.protobuf.json_format import MessageToDict
+
+from cbtm_api.v1 import resources_pb2 as pb
+from cbtm_api.v1 import worker_service_pb2 as ws
+from cbtm_api.v1.worker_service_pb2_grpc import WorkerServiceServicer
+from cbtm_common.errors import IntegrityError, InvalidArgument
+from cbtm_common.faults import point
+from cbtm_common.files import FileSpec
+from cbtm_common.ids import hash_secret, new_id
+from cbtm_common.protos import duration, from_struct, timestamp
+from cbtm_common.recipe import Recipe
+from cbtm_coordinator.lifecycle import CheckpointState, RunState, TaskKind
+from cbtm_coordinator.scheduler import poll_after
+from cbtm_coordinator.services import convert, paging
+from cbtm_coordinator.services.auth import caller
+from cbtm_coordinator.services.commit import Verifier
+from cbtm_coordinator.services.context import ServiceContext, checked_files
+from cbtm_coordinator.store import Connection, checkpoints, events, identities, runs, tasks
+from cbtm_coordinator.store.records import LeaseRecord, Progress, RunRecord, TaskRecord
+from cbtm_coordinator.store.runs import TRAIN
+
+_MAX_FILES = 4096
+_MAX_PROBE_BYTES = 16 * 1024 * 1024
+_MAX_DETAIL = 2000
+# A call waits this long for the check of a checkpoint; the worker then asks again after the other.
+_COMMIT_WAIT = 8.0
+_COMMIT_RETRY = timedelta(seconds=2)
+
+
+class WorkerServicer(WorkerServiceServicer):
+    """See `protos/cbtm_api/v1/worker_service.proto` for what each call promises."""
+
+    def __init__(self, context: ServiceContext, verifier: Verifier) -> None:
+        self._context = context
+        self._store = context.store
+        self._verifier = verifier
+
+    def Register(self, request: ws.RegisterRequest, context: Any) -> ws.RegisterResponse:
+        name = request.name.strip()
+        if not 1 <= len(name) <= 200:
+            raise InvalidArgument("name: 1 to 200 characters are needed", field="name")
+
+        def answer(tx: Connection) -> ws.RegisterResponse:
+            now = self._store.now()
+            identities.use_token(tx, now, caller.get().id)
+            worker_id = new_id("worker")
+            worker = identities.create_worker(
+                tx,
+                now,
+                worker_id=worker_id,
+                name=name,
+                credential_hash=hash_secret(self._context.secret("worker", worker_id)),
+                token_id=caller.get().id,
+                hardware_json=_hardware_json(request.hardware),
+                version=request.version[:64],
+            )
+            return ws.RegisterResponse(worker=convert.worker(worker))
+
+        response = self._context.once(request, ws.RegisterResponse, answer)
+        response.credential = self._context.secret("worker", response.worker.id)
+        return response
+
+    def AcquireLease(self, request: ws.AcquireLeaseRequest, context: Any) -> ws.AcquireLeaseResponse:
+        worker_id = caller.get().id
+
+        def answer(tx: Connection) -> ws.AcquireLeaseResponse:
+            now = self._store.now()
+            run_id = runs.get(tx, request.run).id if request.run else None
+            identities.seen(tx, now, worker_id, hardware_json=_hardware_json(request.hardware))
+            worker = identities.get_worker(tx, worker_id)
+            if worker.not_before_time is not None and worker.not_before_time > now:
+                return ws.AcquireLeaseResponse(retry_after=duration(worker.not_before_time - now), reason=worker.reason)
+            claimed = tasks.acquire(tx, now, worker_id, run_id=run_id)
+            if claimed is None:
+                return self._nothing(tx, run_id)
+            point("coordinator.acquire.before_commit")
+            lease, task = claimed
+            return ws.AcquireLeaseResponse(lease=convert.lease(lease), spec=self._spec(tx, task))
+
+        response = self._context.once(request, ws.AcquireLeaseResponse, answer)
+        point("coordinator.acquire.after_commit")
+        return response
+
+    def _nothing(self, tx: Connection, run_id: str | None) -> ws.AcquireLeaseResponse:
+        open_tasks = tasks.count_open(tx, run_id=run_id)
+        reason = f"{open_tasks} task(s) are taken or not open yet" if open_tasks else "there is no work left"
+        return ws.AcquireLeaseResponse(
+            retry_after=duration(poll_after(open_tasks=open_tasks)), reason=reason, idle=not open_tasks
+        )
+
+    def _spec(self, tx: Connection, task: TaskRecord) -> ws.TaskSpec:
+        run = runs.get(tx, task.run_id)
+        policy = Recipe.from_json(run.recipe_json).lease
+        resume = checkpoints.latest_good(tx, task)
+        return ws.TaskSpec(
+            task=convert.task(task),
+            run=convert.run(run),
+            policy=pb.LeasePolicy(
+                lease_duration=duration(policy.lease_seconds),
+                renew_interval=duration(policy.renew_seconds),
+                checkpoint_interval=duration(policy.checkpoint_seconds),
+            ),
+            base_model_files=[f.to_proto() for f in self._base_model(tx, run, task)],
+            tokenizer_files=[f.file.to_proto() for f in runs.files(tx, run, "TOKENIZER")],
+            resume_from=convert.checkpoint(resume) if resume else None,
+        )
+
+    def _base_model(self, tx: Connection, run: RunRecord, task: TaskRecord) -> list[FileSpec]:
+        """What the task branches from: the run's seed for an expert, its base model for the seed itself."""
+        if task.kind is TaskKind.EXPERT:
+            for expert in checkpoints.current_experts(tx, run.id):
+                if expert.cluster_id is None:
+                    return expert.files
+        return [f.file for f in runs.files(tx, run, "BASE_MODEL")]
+
+    def RenewLease(self, request: ws.RenewLeaseRequest, context: Any) -> ws.RenewLeaseResponse:
+        # Not recorded by request_id: a renewal repeated is a renewal, and there are ten thousand a minute.
+        given = request.progress
+        with self._store.writing() as tx:
+            lease, told = tasks.renew(
+                tx,
+                self._store.now(),
+                lease_id=request.lease_id,
+                epoch=request.epoch,
+                worker_id=caller.get().id,
+                progress=Progress(
+                    step=given.step,
+                    loss=given.loss,
+                    tokens_per_second=given.tokens_per_second,
+                    phase=given.phase[:32],
+                    transferred_bytes=given.transferred_bytes,
+                ),
+            )
+        point("coordinator.renew.after_commit")
+        return ws.RenewLeaseResponse(
+            lease=convert.lease(lease),
+            directive=ws.Directive.Value(f"DIRECTIVE_{told.directive}"),
+            reason=told.reason,
+        )
+
+    def ListTaskShards(self, request: ws.ListTaskShardsRequest, context: Any) -> ws.ListTaskShardsResponse:
+        size = paging.page_size(request.page_size)
+        after = paging.decode(request.page_token, [])
+        with self._store.reading() as tx:
+            _, task = self._held(tx, request.lease_id, request.epoch)
+            run = runs.get(tx, task.run_id)
+            rows = runs.list_shards(
+                tx,
+                run.data_run_id,
+                split=TRAIN,
+                # The seed, and a baseline's only expert, train on every cluster.
+                cluster_id=None if task.kind is TaskKind.SEED or run.baseline_of else task.cluster_id,
+                after=tuple(after) if after else None,
+                limit=size,
+            )
+        more = len(rows) == size
+        last = rows[-1] if rows else None
+        return ws.ListTaskShardsResponse(
+            shards=[convert.shard(shard) for _, shard in rows],
+            next_page_token=paging.encode([last[0], last[1].split, last[1].ordinal]) if more and last else "",
+        )
+
+    def PrepareDownload(self, request: ws.PrepareDownloadRequest, context: Any) -> ws.PrepareDownloadResponse:
+        with self._store.reading() as tx:
+            _, task = self._held(tx, request.lease_id, request.epoch)
+            files = self._readable(tx, task, list(request.keys))
+        return ws.PrepareDownloadResponse(downloads=self._context.download(files, request.keys))
+
+    def _readable(self, tx: Connection, task: TaskRecord, keys: list[str]) -> list[FileSpec]:
+        """What the holder of a task may read, shards only among `keys`: none held out, none of another cluster."""
+        run = runs.get(tx, task.run_id)
+        resume = checkpoints.latest_good(tx, task)
+        cluster_id = None if task.kind is TaskKind.SEED or run.baseline_of else task.cluster_id
+        shards = runs.list_shards(tx, run.data_run_id, split=TRAIN, cluster_id=cluster_id, keys=keys)
+        return [
+            *(convert_file(shard.key, shard.size, shard.sha256) for _, shard in shards),
+            *self._base_model(tx, run, task),
+            *(f.file for f in runs.files(tx, run, "TOKENIZER")),
+            *(resume.files if resume else []),
+        ]
+
+    def _held(self, tx: Connection, lease_id: str, epoch: int) -> tuple[LeaseRecord, TaskRecord]:
+        return tasks.require(tx, lease_id, epoch, caller.get().id)
+
+    def PrepareUpload(self, request: ws.PrepareUploadRequest, context: Any) -> ws.PrepareUploadResponse:
+        with self._store.writing() as tx:
+            lease, task = self._held(tx, request.lease_id, request.epoch)
+            prefix = f"runs/{task.run_id}/tasks/{task.id}/e{lease.epoch:08d}/s{request.step:010d}"
+            files = checked_files(request.files, maximum=_MAX_FILES, prefix=prefix)
+            for file in files:
+                _check_checkpoint_path(file.path)
+            checkpoint = checkpoints.begin(
+                tx, self._store.now(), lease=lease, task=task, step=request.step, files=files
+            )
+        point("coordinator.prepare.after_begin")
+        visible = checkpoint.state is not CheckpointState.UPLOADING
+        return ws.PrepareUploadResponse(
+            checkpoint=convert.checkpoint(checkpoint),
+            uploads=[] if visible else [self._context.upload(f) for f in checkpoint.files],
+        )
+
+    def CommitCheckpoint(self, request: ws.CommitCheckpointRequest, context: Any) -> ws.CommitCheckpointResponse:
+        worker_id = caller.get().id
+        with self._store.reading() as tx:
+            checkpoint, task = checkpoints.committable(
+                tx,
+                checkpoint_id=request.checkpoint_id,
+                lease_id=request.lease_id,
+                epoch=request.epoch,
+                worker_id=worker_id,
+            )
+        if checkpoint.state is not CheckpointState.UPLOADING:
+            return ws.CommitCheckpointResponse(
+                checkpoint=convert.checkpoint(checkpoint), task_state=convert.task_state(task)
+            )
+        try:
+            checked = self._verifier.wait(checkpoint.id, checkpoint.files, _COMMIT_WAIT)
+        except IntegrityError as error:
+            self._note_wrong_bytes(request, task, worker_id, error)
+            raise
+        if not checked:
+            return ws.CommitCheckpointResponse(
+                checkpoint=convert.checkpoint(checkpoint),
+                retry_after=duration(_COMMIT_RETRY),
+                task_state=convert.task_state(task),
+            )
+        point("coordinator.commit.after_verify")
+
+        def answer(tx: Connection) -> ws.CommitCheckpointResponse:
+            current, _ = checkpoints.committable(
+                tx,
+                checkpoint_id=request.checkpoint_id,
+                lease_id=request.lease_id,
+                epoch=request.epoch,
+                worker_id=worker_id,
+            )
+            done, after = checkpoints.commit(
+                tx, self._store.now(), checkpoint=current, metrics=from_struct(request.metrics)
+            )
+            point("coordinator.commit.before_commit")
+            return ws.CommitCheckpointResponse(
+                checkpoint=convert.checkpoint(done), task_state=convert.task_state(after)
+            )
+
+        response = self._context.once(request, ws.CommitCheckpointResponse, answer)
+        point("coordinator.commit.after_commit")
+        return response
+
+    def _note_wrong_bytes(
+        self, request: ws.CommitCheckpointRequest, task: TaskRecord, worker_id: str, error: IntegrityError
+    ) -> None:
+        with self._store.writing() as tx:
+            events.append(
+                tx,
+                self._store.now(),
+                "checkpoint.refused",
+                run_id=task.run_id,
+                task_id=task.id,
+                lease_id=request.lease_id,
+                worker_id=worker_id,
+                reason=error.message,
+            )
+
+    def ReleaseLease(self, request: ws.ReleaseLeaseRequest, context: Any) -> ws.ReleaseLeaseResponse:
+        reason = request.release_reason
+        if reason == ws.RELEASE_REASON_UNSPECIFIED:
+            raise InvalidArgument("release_reason: is not set", field="release_reason")
+
+        def answer(tx: Connection) -> ws.ReleaseLeaseResponse:
+            lease, task = tasks.release(
+                tx,
+                self._store.now(),
+                lease_id=request.lease_id,
+                epoch=request.epoch,
+                worker_id=caller.get().id,
+                failed=reason == ws.RELEASE_REASON_FAILED,
+                is_unfit=reason == ws.RELEASE_REASON_UNFIT,
+                detail=request.detail[:_MAX_DETAIL],
+            )
+            return ws.ReleaseLeaseResponse(lease=convert.lease(lease), task_state=convert.task_state(task))
+
+        response = self._context.once(request, ws.ReleaseLeaseResponse, answer)
+        point("coordinator.release.after_commit")
+        return response
+
+    def Probe(self, request: ws.ProbeRequest, context: Any) -> ws.ProbeResponse:
+        if not 0 <= request.transfer_bytes <= _MAX_PROBE_BYTES:
+            raise InvalidArgument(f"transfer_bytes: at most {_MAX_PROBE_BYTES}", field="transfer_bytes")
+        response = ws.ProbeResponse(
+            server_time=timestamp(self._store.now()),
+            server_version=self._context.version,
+            min_worker_version=self._context.min_worker_version,
+        )
+        with self._store.reading() as tx:
+            active = [
+                run for run in runs.list_runs(tx, limit=1000) if run.state in (RunState.SEEDING, RunState.TRAINING)
+            ]
+        if active:
+            largest = max(active, key=lambda run: run.model_parameters)
+            response.model_parameters = largest.model_parameters
+            response.sequence_length = Recipe.from_json(largest.recipe_json).sequence_length
+            response.run_name = largest.name
+        if request.transfer_bytes:
+            key = f"scratch/{caller.get().id}/{request.sha256[:64]}"
+            (file,) = checked_files(
+                [pb.FileSpec(path="probe", size=request.transfer_bytes, sha256=request.sha256)],
+                maximum=1,
+                prefix=key,
+            )
+            response.upload.CopyFrom(self._context.upload(file))
+            response.download.CopyFrom(self._context.download([file], [file.key])[0])
+        return response
+
+
+def convert_file(key: str, size: int, sha256: str) -> FileSpec:
+    return FileSpec(path=key.rpartition("/")[2], key=key, size=size, sha256=sha256)
+
+
+def _check_checkpoint_path(path: str) -> None:
+    if path not in ("state.json", "optimizer.safetensors") and not (
+        path.startswith("model/") and path.count("/") == 1 and path.endswith((".safetensors", ".json"))
+    ):
+        raise InvalidArgument(
+            f"files.path: {path!r} is not part of a checkpoint (model/*.safetensors, model/*.json, "
+            "optimizer.safetensors, state.json)",
+            field="files.path",
+        )
+
+
+def _hardware_json(hardware: pb.Hardware) -> str:
+    return json.dumps(MessageToDict(hardware, preserving_proto_field_name=True) | _integers(hardware))
+
+
+def _integers(hardware: pb.Hardware) -> dict[str, int]:
+    """JSON has no 64-bit integers, so protobuf writes them as strings; we read them back ourselves."""
+    names = ("device_memory_bytes", "memory_bytes", "free_disk_bytes")
+    return {name: int(getattr(hardware, name)) for name in names}
