@@ -119,12 +119,12 @@ class ContentCache:
         Files already there are replaced, others are left alone: give each set a directory of its own. The links keep
         the content when the cache drops it.
         """
+        targets = {file.path: safe_join(directory, file.path) for file in files}
         paths = self.fetch_all(files, prepare, transfer, on_bytes=on_bytes, cancelled=cancelled)
-        for file in files:
-            target = safe_join(directory, file.path)
+        for path, target in targets.items():
             target.parent.mkdir(parents=True, exist_ok=True)
-            if not (target.exists() and target.samefile(paths[file.path])):
-                _link(paths[file.path], target)
+            if not (target.exists() and target.samefile(paths[path])):
+                _link(paths[path], target)
         return directory
 
     def release(self, files: Iterable[FileSpec]) -> None:

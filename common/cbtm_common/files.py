@@ -43,17 +43,18 @@ def hash_file(path: Path) -> tuple[int, str]:
 
 def describe(directory: Path) -> list[FileSpec]:
     """Every file under `directory`, sorted by path; keys are empty."""
+    paths = sorted(p.relative_to(directory).as_posix() for p in directory.rglob("*") if p.is_file())
     specs = []
-    for path in sorted(p for p in directory.rglob("*") if p.is_file()):
-        size, digest = hash_file(path)
-        specs.append(FileSpec(path=path.relative_to(directory).as_posix(), size=size, sha256=digest))
+    for path in paths:
+        size, digest = hash_file(directory / path)
+        specs.append(FileSpec(path=path, size=size, sha256=digest))
     return specs
 
 
 def check_relative(path: str) -> str:
     """`path` itself, if it stays within its set on every system; else InvalidArgument."""
     pure = PurePosixPath(path)
-    bad = not path or pure.is_absolute() or ".." in pure.parts or "\\" in path or "\0" in path or ":" in path
+    bad = not pure.parts or pure.is_absolute() or ".." in pure.parts or "\\" in path or "\0" in path or ":" in path
     if bad or str(pure) != path:
         raise InvalidArgument(f"path: {path!r} is not a plain relative path", field="path")
     return path

@@ -55,7 +55,7 @@ class Transfer:
     """An HTTP client for signed requests; thread-safe; a context manager.
 
     `base_url` is what path-only URLs are joined to: a string, or a function that gives it when needed. `timeout` is in
-    seconds without a byte; `parallel_parts` parts of one upload are sent at a time.
+    seconds without a byte; `parallel_parts` parts of one upload are sent at a time; `transport` is httpx's seam.
     """
 
     def __init__(
@@ -65,6 +65,7 @@ class Transfer:
         timeout: float = 60.0,
         policy: RetryPolicy | None = None,
         parallel_parts: int = 3,
+        transport: httpx.BaseTransport | None = None,
     ) -> None:
         self._base_url = base_url
         self._policy = policy or RetryPolicy(attempts=8, initial=0.3, maximum=20.0)
@@ -75,6 +76,7 @@ class Transfer:
             timeout=httpx.Timeout(timeout, connect=connect),
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=16),
             follow_redirects=False,
+            transport=transport,
         )
 
     def __enter__(self) -> Self:
@@ -185,7 +187,8 @@ class Transfer:
                 if response.status_code == 206:
                     raise IntegrityError(f"{file.path}: the store answered another range than was asked for")
                 partial.truncate()
-            for chunk in response.iter_raw(_CHUNK):
+            # As they come: with a chunk size, bytes before a break would be lost in httpx's buffer.
+            for chunk in response.iter_raw():
                 stop.check("download")
                 partial.write(chunk)
                 on_bytes(len(chunk))

@@ -1,6 +1,6 @@
 """Routing: one function for the data a worker gets and for the weights the ensemble uses (numpy only)."""
 
-from cbtm_common.routing.embedding import TermEmbedding, normalise
+from cbtm_common.routing.embedding import RunningText, TermEmbedding, normalise
 from cbtm_common.routing.mixture import Distance, keep_top, mixture_weights
 from cbtm_common.routing.router import CentroidRouter, Router, load_router
 from cbtm_common.routing.terms import terms
@@ -9,6 +9,7 @@ __all__ = [
     "CentroidRouter",
     "Distance",
     "Router",
+    "RunningText",
     "TermEmbedding",
     "keep_top",
     "load_router",

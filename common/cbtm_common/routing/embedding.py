@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +18,16 @@ from cbtm_common.routing.terms import WORD, term_of, words
 
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class RunningText:
+    """All that the embedding needs to know of a text that grows at its end. Immutable: texts may branch."""
+
+    # Sum over the finished words, [d].
+    total: Float64
+    # The last word, which what comes next may still lengthen.
+    tail: str
 
 
 class TermEmbedding:
@@ -68,6 +79,31 @@ class TermEmbedding:
                 if row is not None:
                     result[t] += self.projection[row]
         return normalise(result)
+
+    def start(self) -> RunningText:
+        """The empty text."""
+        return RunningText(np.zeros(self.dimensions), "")
+
+    def advance(self, running: RunningText, text: str) -> RunningText:
+        """`running` with `text` after it; costs what `text` costs, however long the text is by now."""
+        joined = running.tail + text
+        total, tail = running.total, ""
+        for start, end in words(joined):
+            if end == len(joined):
+                tail = joined[start:]
+                continue
+            row = self._row_of_span(joined, start, end)
+            if row is not None:
+                total = total + self.projection[row]
+        return RunningText(total, tail)
+
+    def embed_running(self, running: Sequence[RunningText]) -> Float64:
+        """[N, d]: equal to `embed` of the texts so far, up to rounding."""
+        sums = np.zeros((len(running), self.dimensions))
+        for i, state in enumerate(running):
+            row = self._row_of_span(state.tail, 0, len(state.tail))
+            sums[i] = state.total if row is None else state.total + self.projection[row]
+        return normalise(sums)
 
     def _row_of(self, word: str) -> int | None:
         term = term_of(word)

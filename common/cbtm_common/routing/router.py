@@ -9,13 +9,13 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
 
-from cbtm_common.errors import IntegrityError
-from cbtm_common.routing.embedding import Float32, Float64, TermEmbedding
+from cbtm_common.errors import IntegrityError, InvalidArgument
+from cbtm_common.routing.embedding import Float32, Float64, RunningText, TermEmbedding
 from cbtm_common.routing.mixture import Distance, keep_top, mixture_weights
 
 FORMAT = "cbtm-router-1"
@@ -53,6 +53,29 @@ class Router(Protocol):
         distance: Distance = Distance.SQUARED,
     ) -> Float64:
         """[T, K]: row t is `weights([text[:ends[t]]])`, for all t in one pass. `ends` must not descend."""
+        ...
+
+    def start(self) -> RunningText:
+        """The empty context, to be grown by `advance`."""
+        ...
+
+    def advance(self, running: RunningText, text: str) -> RunningText:
+        """The context with `text` after it. Does not change `running`."""
+        ...
+
+    def running_weights(
+        self,
+        running: Sequence[RunningText],
+        *,
+        top_k: int | None = None,
+        temperature: float | None = None,
+        distance: Distance = Distance.SQUARED,
+    ) -> Float64:
+        """[N, K]: row i is `weights` of the text that `running[i]` stands for, at the cost of its last word."""
+        ...
+
+    def restrict(self, cluster_ids: Sequence[str]) -> Router:
+        """The router over these clusters alone, in this order: the others' weight goes to them in proportion."""
         ...
 
     def save(self, directory: Path) -> None: ...
@@ -120,6 +143,38 @@ class CentroidRouter:
         distance: Distance = Distance.SQUARED,
     ) -> Float64:
         return self._weights_of(self.embedding.embed_prefixes(text, ends), top_k, temperature, distance)
+
+    def start(self) -> RunningText:
+        return self.embedding.start()
+
+    def advance(self, running: RunningText, text: str) -> RunningText:
+        return self.embedding.advance(running, text)
+
+    def running_weights(
+        self,
+        running: Sequence[RunningText],
+        *,
+        top_k: int | None = None,
+        temperature: float | None = None,
+        distance: Distance = Distance.SQUARED,
+    ) -> Float64:
+        return self._weights_of(self.embedding.embed_running(running), top_k, temperature, distance)
+
+    def restrict(self, cluster_ids: Sequence[str]) -> Self:
+        """Raises InvalidArgument for a cluster that this router does not know."""
+        unknown = sorted(set(cluster_ids) - set(self._cluster_ids))
+        if unknown or not cluster_ids:
+            raise InvalidArgument(f"cluster_ids: the router knows no cluster {', '.join(unknown) or '(none given)'}")
+        rows = [self._cluster_ids.index(cluster_id) for cluster_id in cluster_ids]
+        prior = self.prior[rows].astype(np.float64)
+        total = prior.sum()
+        return type(self)(
+            cluster_ids=cluster_ids,
+            embedding=self.embedding,
+            centroids=self.centroids[rows],
+            prior=(prior / total if total > 0 else np.full(len(rows), 1 / len(rows))).astype(np.float32),
+            temperature=self._temperature,
+        )
 
     def squared_distances(self, embedded: Float64) -> Float64:
         """‖h - c_j‖² for unit rows h: [N, d] to [N, K]."""

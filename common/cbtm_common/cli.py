@@ -1,0 +1,103 @@
+"""What the three command lines share: one clear line for an error, `--debug` for its traceback, tables as `--json`."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Any
+
+import typer
+
+from cbtm_common.errors import CbtmError, InvalidArgument
+
+USAGE_ERROR, ERROR, INTERRUPTED = 2, 1, 130
+
+
+def run_app(app: typer.Typer, *, name: str) -> None:
+    """Runs a typer application as the process: errors of ours become one line on stderr and an exit code.
+
+    `--debug` (anywhere on the line) or `CBTM_DEBUG=1` shows tracebacks instead.
+    """
+    arguments = [a for a in sys.argv[1:] if a != "--debug"]
+    debug = len(arguments) != len(sys.argv) - 1 or os.environ.get("CBTM_DEBUG") == "1"
+    try:
+        app(args=arguments, prog_name=name)
+    except CbtmError as error:
+        _fail(name, error.message, USAGE_ERROR if isinstance(error, InvalidArgument) else ERROR, debug)
+    except BrokenPipeError:
+        # The reader of our output went away (`| head`): nothing is wrong.
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except KeyboardInterrupt:
+        _fail(name, "interrupted", INTERRUPTED, debug=False)
+    except Exception as error:  # noqa: BLE001  # the edge of the process
+        hint = "this is a defect of cbtm; run again with --debug for a traceback to report"
+        _fail(name, f"{type(error).__name__}: {error}; {hint}", ERROR, debug)
+
+
+def _fail(name: str, message: str, code: int, debug: bool) -> None:
+    if debug:
+        traceback.print_exc()
+    sys.stderr.write(f"{name}: error: {message}\n")
+    sys.exit(code)
+
+
+def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, as_json: bool) -> None:
+    """Prints rows as a table, or as a JSON array of objects keyed by the columns' names."""
+    if as_json:
+        keys = [c.lower().replace(" ", "_").replace("/", "_per_") for c in columns]
+        sys.stdout.write(json.dumps([dict(zip(keys, row, strict=True)) for row in rows], indent=1) + "\n")
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", header_style="bold")
+    for position, column in enumerate(columns):
+        numeric = bool(rows) and all(isinstance(row[position], int | float) for row in rows)
+        table.add_column(column, justify="right" if numeric else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(show_value(value) for value in row))
+    Console().print(table)
+
+
+def show_value(value: Any) -> str:
+    """A value as a person reads it in a table."""
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return str(value)
+
+
+def show_json(value: Any) -> None:
+    sys.stdout.write(json.dumps(value, indent=1) + "\n")
+
+
+def human_bytes(size: float) -> str:
+    """1536 as '1.5 KiB'."""
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if size < 1024 or unit == "TiB":
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    raise AssertionError
+
+
+def human_seconds(seconds: float) -> str:
+    """5025 as '1 h 23 min'."""
+    whole = int(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    if whole < 86_400:
+        return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+    return f"{whole // 86_400} d {whole % 86_400 // 3600:02d} h"

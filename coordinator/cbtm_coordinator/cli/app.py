@@ -1,0 +1,24 @@
+"""The tree of commands."""
+
+from __future__ import annotations
+
+import typer
+
+from cbtm_coordinator.cli import cluster, database, events, run, serve, status, token, worker
+
+app = typer.Typer(
+    name="cbtm-coord",
+    help="Hosts training runs: makes them from a corpus, hands out work, watches it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command("init")(serve.init)
+app.command("serve")(serve.serve)
+app.command("status")(status.status)
+app.command("events")(events.events)
+app.add_typer(run.app, name="run", help="Create, list, pause, resume, delete runs.")
+app.add_typer(cluster.app, name="cluster", help="Look into clusters, put their tasks back.")
+app.add_typer(worker.app, name="worker", help="List and revoke workers.")
+app.add_typer(token.app, name="token", help="Make, list, revoke tokens.")
+app.add_typer(database.app, name="db", help="Upgrade and check the registry's schema.")

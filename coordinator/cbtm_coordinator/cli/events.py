@@ -1,0 +1,57 @@
+"""`events`: the log of what happened, when and why."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from cbtm_common.cli import show_json
+from cbtm_coordinator.cli.options import AdminToken, Coordinator, DataDir, Json, open_connection
+
+_FOLLOW_SECONDS = 1.0
+
+
+def events(
+    run: Annotated[str, typer.Option(help="Only of this run.")] = "",
+    task: Annotated[str, typer.Option(help="Only of this task.")] = "",
+    worker: Annotated[str, typer.Option(help="Only of this worker.")] = "",
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on as events come; Ctrl-C ends.")] = False,
+    limit: Annotated[int, typer.Option(help="How many of the newest to begin with.")] = 100,
+    coordinator: Coordinator = None,
+    token: AdminToken = None,
+    data_dir: DataDir = None,
+    as_json: Json = False,
+) -> None:
+    """Show what happened to runs, tasks, leases, checkpoints and workers."""
+    import threading
+
+    from cbtm_api.v1 import admin_service_pb2 as ad
+
+    after = 0
+    wait = threading.Event()
+    with open_connection(coordinator, token, data_dir) as connection:
+        while True:
+            answer = connection.admin.ListEvents(
+                ad.ListEventsRequest(run=run, task_id=task, worker_id=worker, after_id=after, page_size=limit)
+            )
+            for event in answer.events:
+                after = event.id
+                _show(event, as_json)
+            if not follow:
+                return
+            if not answer.events:
+                wait.wait(_FOLLOW_SECONDS)
+
+
+def _show(event: object, as_json: bool) -> None:
+    from google.protobuf.json_format import MessageToDict
+
+    fields = MessageToDict(event, preserving_proto_field_name=True)  # type: ignore[arg-type]
+    if as_json:
+        show_json(fields)
+        return
+    detail = " ".join(f"{k}={v}" for k, v in fields.get("detail", {}).items())
+    about = " ".join(fields[k] for k in ("task_id", "worker_id") if k in fields)
+    parts = (fields["event_time"][:19], f"{fields['kind']:<22}", about, fields.get("reason", ""), detail)
+    typer.echo("  ".join(part for part in parts if part))

@@ -1,0 +1,136 @@
+"""`run create | list | baseline | pause | resume | delete`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cbtm_common.errors import InvalidArgument
+from cbtm_coordinator.cli.options import AdminToken, Coordinator, DataDir, Json, Yes, open_connection
+from cbtm_coordinator.cli.status import show_runs
+
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
+
+
+@app.command()
+def create(
+    name: Annotated[str, typer.Option(help="Name of the run.")],
+    corpus: Annotated[list[str], typer.Option(help="File, folder or glob; may be given again.")],
+    clusters: Annotated[int, typer.Option(help="K, the number of clusters and experts.")],
+    recipe: Annotated[Path, typer.Option(help="TOML file that fixes the mathematics of training.")],
+    seed_model: Annotated[
+        str | None, typer.Option(help="Model to branch from: Hub id, folder or s3://BUCKET/PREFIX.")
+    ] = None,
+    from_scratch: Annotated[Path | None, typer.Option(help="Model config (JSON) to train a seed from first.")] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Hub id or folder [default: the seed model's, or one trained on the corpus].")
+    ] = None,
+    text_field: Annotated[str, typer.Option(help="Field of the text in JSONL and Parquet.")] = "text",
+    id_field: Annotated[str | None, typer.Option(help="Field of a document's id.")] = None,
+    baseline: Annotated[bool, typer.Option("--baseline", help="Also make a dense run beside it.")] = False,
+    sample: Annotated[int, typer.Option(help="Documents that the clustering is fitted on, at most.")] = 50_000,
+    work_dir: Annotated[
+        Path | None, typer.Option(help="Folder for intermediate files [default: a temporary one].")
+    ] = None,
+    coordinator: Coordinator = None,
+    token: AdminToken = None,
+    data_dir: DataDir = None,
+    as_json: Json = False,
+) -> None:
+    """Cluster a corpus, shard it, register it, open it to workers.
+
+    Runs where the corpus is: only shards, clustering model and seed go to the coordinator's object store.
+    """
+    from rich.console import Console
+
+    from cbtm_common.cli import show_json
+    from cbtm_common.recipe import Recipe
+    from cbtm_coordinator.create_run import CreateRunOptions, create_run
+
+    if (seed_model is None) == (from_scratch is None):
+        raise InvalidArgument("seed-model: pass exactly one of --seed-model and --from-scratch", field="seed-model")
+    options = CreateRunOptions(
+        name=name,
+        corpus=tuple(corpus),
+        clusters=clusters,
+        recipe=Recipe.from_toml(recipe),
+        seed_model=seed_model,
+        from_scratch=from_scratch,
+        tokenizer=tokenizer,
+        text_field=text_field,
+        id_field=id_field,
+        baseline=baseline,
+        sample_documents=sample,
+        work_dir=work_dir,
+    )
+    with open_connection(coordinator, token, data_dir) as connection:
+        made = create_run(connection, options, Console(stderr=as_json))
+    if as_json:
+        show_json(made)
+
+
+@app.command("list")
+def list_runs(
+    coordinator: Coordinator = None, token: AdminToken = None, data_dir: DataDir = None, as_json: Json = False
+) -> None:
+    """List runs."""
+    with open_connection(coordinator, token, data_dir) as connection:
+        show_runs(connection, as_json)
+
+
+@app.command()
+def baseline(
+    run: str,
+    name: Annotated[str, typer.Option(help="Its name [default: RUN-dense].")] = "",
+    coordinator: Coordinator = None,
+    token: AdminToken = None,
+    data_dir: DataDir = None,
+) -> None:
+    """Make a dense run beside a run: the same data and training tokens, one model."""
+    from cbtm_api.v1 import admin_service_pb2 as ad
+    from cbtm_common.ids import new_request_id
+
+    with open_connection(coordinator, token, data_dir) as connection:
+        request = ad.CreateBaselineRequest(request_id=new_request_id(), run=run, name=name)
+        made = connection.admin.CreateBaseline(request).run
+    typer.echo(f"{made.name}: one model, {made.budget_tokens:,} training tokens")
+
+
+@app.command()
+def pause(run: str, coordinator: Coordinator = None, token: AdminToken = None, data_dir: DataDir = None) -> None:
+    """Stop a run: its workers save a checkpoint and leave it."""
+    from cbtm_api.v1 import admin_service_pb2 as ad
+    from cbtm_common.ids import new_request_id
+
+    with open_connection(coordinator, token, data_dir) as connection:
+        connection.admin.PauseRun(ad.PauseRunRequest(request_id=new_request_id(), run=run))
+    typer.echo(f"{run} is paused; workers save and leave it within one renewal")
+
+
+@app.command()
+def resume(run: str, coordinator: Coordinator = None, token: AdminToken = None, data_dir: DataDir = None) -> None:
+    """Go on with a paused run."""
+    from cbtm_api.v1 import admin_service_pb2 as ad
+    from cbtm_common.ids import new_request_id
+
+    with open_connection(coordinator, token, data_dir) as connection:
+        connection.admin.ResumeRun(ad.ResumeRunRequest(request_id=new_request_id(), run=run))
+    typer.echo(f"{run} goes on")
+
+
+@app.command()
+def delete(
+    run: str, yes: Yes = False, coordinator: Coordinator = None, token: AdminToken = None, data_dir: DataDir = None
+) -> None:
+    """Forget a run and delete its shards, checkpoints and experts."""
+    from cbtm_api.v1 import admin_service_pb2 as ad
+    from cbtm_common.cli import human_bytes
+    from cbtm_common.ids import new_request_id
+
+    if not yes:
+        typer.confirm(f"Delete run {run} with all its shards, checkpoints and experts?", abort=True)
+    with open_connection(coordinator, token, data_dir) as connection:
+        done = connection.admin.DeleteRun(ad.DeleteRunRequest(request_id=new_request_id(), run=run))
+    typer.echo(f"{run} is deleted: {done.deleted_objects:,} objects, {human_bytes(done.deleted_bytes)}")

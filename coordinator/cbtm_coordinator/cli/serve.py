@@ -1,0 +1,66 @@
+"""`init` and `serve`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from cbtm_coordinator.cli.options import DataDir
+
+DatabaseUrl = Annotated[
+    str | None, typer.Option(help="postgresql://USER:PASSWORD@HOST/DB [default: SQLite in the data folder].")
+]
+
+
+def init(data_dir: DataDir = None, database_url: DatabaseUrl = None) -> None:
+    """Make a data folder: registry, object store, signing key, an admin token and a first join token.
+
+    Does nothing to a folder that is ready, so it can be run again.
+    """
+    from rich.console import Console
+
+    from cbtm_coordinator.config import load_config
+    from cbtm_coordinator.setup import initialise
+
+    config = load_config(data_dir=data_dir, database_url=database_url)
+    made = initialise(config)
+    console = Console()
+    console.print(f"[bold]{config.data_dir}[/] is {'ready' if made else 'ready already'}.")
+    console.print("Next: [bold]cbtm-coord serve[/], then [bold]cbtm-coord run create --help[/].")
+
+
+def serve(
+    data_dir: DataDir = None,
+    host: Annotated[str | None, typer.Option(help="Interface to listen on [default: all].")] = None,
+    port: Annotated[int | None, typer.Option(help="gRPC port; 0 takes a free one [default: 50051].")] = None,
+    http_port: Annotated[int | None, typer.Option(help="HTTP port of the object endpoint [default: 8080].")] = None,
+    advertise_host: Annotated[str | None, typer.Option(help="Host that volunteers connect to.")] = None,
+    public_http_url: Annotated[str | None, typer.Option(help="URL of the HTTP endpoint behind a proxy.")] = None,
+    database_url: DatabaseUrl = None,
+    object_store: Annotated[str | None, typer.Option(help="local, or s3://BUCKET/PREFIX [default: local].")] = None,
+    s3_endpoint_url: Annotated[str | None, typer.Option(help="Endpoint of the S3-compatible store.")] = None,
+    s3_public_endpoint_url: Annotated[str | None, typer.Option(help="The same, as workers reach it.")] = None,
+    log_level: Annotated[str, typer.Option(help="debug, info, warning.")] = "warning",
+) -> None:
+    """Serve runs until SIGTERM or Ctrl-C. Prints the line with which volunteers join."""
+    import logging
+
+    from cbtm_coordinator.config import load_config
+    from cbtm_coordinator.process import run_until_signalled
+
+    logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    flags: dict[str, Any] = {
+        "data_dir": data_dir,
+        "host": host,
+        "port": port,
+        "http_port": http_port,
+        "advertise_host": advertise_host,
+        "public_http_url": public_http_url,
+        "database_url": database_url,
+        "object_store": object_store,
+        "s3_endpoint_url": s3_endpoint_url,
+        "s3_public_endpoint_url": s3_public_endpoint_url,
+    }
+    config = load_config(**flags)
+    raise typer.Exit(run_until_signalled(config))

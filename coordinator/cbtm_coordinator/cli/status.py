@@ -1,0 +1,207 @@
+"""`status`: the admin's window."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cbtm_common.cli import human_seconds, show_json, show_table
+from cbtm_coordinator.cli.options import AdminToken, Coordinator, DataDir, Json, open_connection
+
+if TYPE_CHECKING:
+    from rich.console import Group
+
+    from cbtm_common.rpc import Connection
+
+_WATCH_SECONDS = 2.0
+
+
+def status(
+    run: Annotated[str | None, typer.Argument(help="A run by name or id [default: all of them].")] = None,
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="Keep it up to date; Ctrl-C ends.")] = False,
+    coordinator: Coordinator = None,
+    token: AdminToken = None,
+    data_dir: DataDir = None,
+    as_json: Json = False,
+) -> None:
+    """Show runs, or one run task by task: who trains it, how far it is, how fast, and why it is where it is."""
+    with open_connection(coordinator, token, data_dir) as connection:
+        if watch and not as_json:
+            _watch(connection, run)
+        elif run is None:
+            show_runs(connection, as_json)
+        else:
+            facts = run_facts(connection, run)
+            if as_json:
+                show_json(facts)
+            else:
+                from rich.console import Console
+
+                Console().print(render_run(facts))
+
+
+def _watch(connection: Connection, run: str | None) -> None:
+    import threading
+
+    from rich.live import Live
+
+    names = [run] if run else [row[0] for row in _run_rows(connection)]
+    wait = threading.Event()
+    with Live(auto_refresh=False) as live:
+        while True:
+            from rich.console import Group
+
+            live.update(Group(*(render_run(run_facts(connection, name)) for name in names)), refresh=True)
+            wait.wait(_WATCH_SECONDS)
+
+
+def _run_rows(connection: Connection) -> list[list[Any]]:
+    from cbtm_api.v1 import catalog_service_pb2 as cs
+
+    rows: list[list[Any]] = []
+    page = ""
+    while True:
+        answer = connection.catalog.ListRuns(cs.ListRunsRequest(page_token=page))
+        for r in answer.runs:
+            facts = run_facts(connection, r.name)
+            done, count = facts["done_tasks"], len(facts["tasks"])
+            remaining = facts["estimated_remaining_seconds"]
+            left = human_seconds(remaining) if remaining is not None else None
+            progress = f"{100 * facts['trained_share']:.0f} %"
+            rows.append(
+                [r.name, facts["state"], r.cluster_count, f"{done}/{count}", progress, left, facts["workers"], r.reason]
+            )
+        page = answer.next_page_token
+        if not page:
+            return rows
+
+
+def show_runs(connection: Connection, as_json: bool) -> None:
+    columns = ["Run", "State", "Clusters", "Tasks done", "Trained", "Left", "Workers", "Reason"]
+    show_table("Runs", columns, _run_rows(connection), as_json=as_json)
+
+
+def run_facts(connection: Connection, run: str) -> dict[str, Any]:
+    """All that `status RUN` shows, as plain values."""
+    from cbtm_api.v1 import admin_service_pb2 as ad
+    from cbtm_api.v1 import resources_pb2 as pb
+    from cbtm_common.protos import from_duration, from_timestamp
+
+    answer = connection.admin.GetRunStatus(ad.GetRunStatusRequest(run=run))
+    now = from_timestamp(answer.server_time)
+    tasks: list[dict[str, Any]] = []
+    for status in answer.tasks:
+        task, lease = status.task, status.lease
+        live = status.HasField("lease")
+        step = max(task.committed_step, lease.progress.step) if live else task.committed_step
+        tasks.append(
+            {
+                "task": task.id,
+                "kind": pb.TaskKind.Name(task.kind).removeprefix("TASK_KIND_"),
+                "cluster": task.cluster_index if task.cluster_index >= 0 else None,
+                "terms": list(status.cluster.top_terms[:4]),
+                "state": pb.TaskState.Name(task.state).removeprefix("TASK_STATE_"),
+                "worker": status.worker_name or None,
+                "step": step,
+                "total_steps": task.total_steps,
+                "committed_step": task.committed_step,
+                "loss": lease.progress.loss if live and lease.progress.loss else _metric(status, "loss"),
+                "tokens_per_second": lease.progress.tokens_per_second if live else None,
+                "phase": lease.progress.phase if live else None,
+                "lease_seconds_left": (from_timestamp(lease.expire_time) - now).total_seconds() if live else None,
+                "attempts": task.attempts,
+                "epoch": task.epoch,
+                "reason": task.reason or None,
+            }
+        )
+    run_message = answer.run
+    total = sum(t["total_steps"] for t in tasks)
+    remaining = answer.HasField("estimated_remaining")
+    return {
+        "run": run_message.name,
+        "id": run_message.id,
+        "state": pb.RunState.Name(run_message.state).removeprefix("RUN_STATE_"),
+        "paused": run_message.paused,
+        "reason": run_message.reason or None,
+        "clusters": run_message.cluster_count,
+        "documents": run_message.documents,
+        "train_tokens": run_message.train_tokens,
+        "budget_tokens": run_message.budget_tokens,
+        "baseline_of": run_message.baseline_of or None,
+        "trained_share": sum(t["step"] for t in tasks) / total if total else 0.0,
+        "done_tasks": sum(t["state"] == "DONE" for t in tasks),
+        "workers": sum(t["worker"] is not None for t in tasks),
+        "estimated_remaining_seconds": (
+            from_duration(answer.estimated_remaining).total_seconds() if remaining else None
+        ),
+        "tasks": tasks,
+    }
+
+
+def _metric(status: Any, name: str) -> float | None:
+    value = dict(status.checkpoint.metrics).get(name)
+    return float(value) if isinstance(value, int | float) else None
+
+
+_STATE_STYLE = {
+    "DONE": "green",
+    "COMPLETE": "green",
+    "LEASED": "cyan",
+    "TRAINING": "cyan",
+    "SEEDING": "cyan",
+    "FAILED": "bold red",
+    "BLOCKED": "dim",
+}
+
+
+def render_run(facts: dict[str, Any]) -> Group:
+    """The header and the table of one run."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    header = Text.assemble(
+        (facts["run"], "bold"),
+        "  ",
+        (facts["state"], _STATE_STYLE.get(facts["state"], "")),
+        ("  PAUSED", "bold yellow") if facts["paused"] else "",
+        f"  {100 * facts['trained_share']:.0f} % of {facts['budget_tokens']:,} tokens",
+    )
+    remaining = facts["estimated_remaining_seconds"]
+    if remaining:
+        header.append(f"  about {human_seconds(remaining)} left")
+    if facts["reason"]:
+        header.append(f"\n{facts['reason']}", style="yellow")
+    table = Table(header_style="bold", expand=False)
+    for name, justify in (
+        ("Cluster", "right"),
+        ("Terms", "left"),
+        ("State", "left"),
+        ("Worker", "left"),
+        ("Step", "right"),
+        ("Saved", "right"),
+        ("Loss", "right"),
+        ("Tokens/s", "right"),
+        ("Lease", "right"),
+        ("Note", "left"),
+    ):
+        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    for t in facts["tasks"]:
+        lease = t["lease_seconds_left"]
+        notes = [t["phase"] if t["phase"] not in (None, "", "train") else "", t["reason"] or ""]
+        if t["attempts"]:
+            notes.append(f"{t['attempts']} failed")
+        table.add_row(
+            "seed" if t["cluster"] is None else str(t["cluster"]),
+            ", ".join(t["terms"]),
+            Text(t["state"], style=_STATE_STYLE.get(t["state"], "")),
+            t["worker"] or "",
+            f"{t['step']:,}/{t['total_steps']:,}",
+            f"{t['committed_step']:,}",
+            "" if t["loss"] is None else f"{t['loss']:.3f}",
+            "" if t["tokens_per_second"] is None else f"{t['tokens_per_second']:,.0f}",
+            "" if lease is None else f"{max(0, lease):.0f} s",
+            "; ".join(note for note in notes if note),
+        )
+    return Group(header, table)

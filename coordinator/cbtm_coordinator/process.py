@@ -1,0 +1,63 @@
+"""`cbtm-coord serve` as a process: starts the coordinator, says where it is, waits for a signal, drains."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import threading
+from types import FrameType
+
+from rich.console import Console
+
+from cbtm_coordinator.config import ADDRESS_NAME, JOIN_TOKEN_NAME, CoordinatorConfig
+from cbtm_coordinator.server import Coordinator
+
+
+def run_until_signalled(config: CoordinatorConfig) -> int:
+    """Serves until SIGTERM or SIGINT; the exit code of the process."""
+    stop = threading.Event()
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        if stop.is_set():
+            os._exit(128 + number)
+        stop.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, on_signal)
+    coordinator = Coordinator(config)
+    coordinator.start()
+    address = config.data_dir / ADDRESS_NAME
+    local_host = "127.0.0.1" if config.host in ("0.0.0.0", "::", "") else config.host  # noqa: S104  # compared
+    address.write_text(f"{local_host}:{coordinator.port}\n", "utf-8")
+    _announce(config, coordinator)
+    stop.wait()
+    sys.stderr.write("stopping: no new calls, those in progress finish (again to leave at once)\n")
+    coordinator.stop()
+    return 0
+
+
+def _announce(config: CoordinatorConfig, coordinator: Coordinator) -> None:
+    console = Console(highlight=False, soft_wrap=True)
+    host = config.advertise_host or guess_host(config.host)
+    console.print(f"gRPC on {config.host}:{coordinator.port}", end="")
+    console.print(f", objects on {config.host}:{coordinator.http_port}" if coordinator.http_port else "")
+    token_path = config.data_dir / JOIN_TOKEN_NAME
+    token = token_path.read_text("utf-8").strip() if token_path.exists() else "TOKEN"
+    console.print("Volunteers join with:")
+    console.print(f"  cbtm-worker join --coordinator {host}:{coordinator.port} --token {token}", markup=False)
+    sys.stdout.flush()
+
+
+def guess_host(bound: str) -> str:
+    """The address under which others probably reach this machine."""
+    if bound not in ("0.0.0.0", "::", ""):  # noqa: S104  # compared
+        return bound
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            # Sends nothing: asks the system which of its addresses leads to the outside (TEST-NET-1, RFC 5737).
+            probe.connect(("192.0.2.1", 9))
+            return str(probe.getsockname()[0])
+        except OSError:
+            return "127.0.0.1"
