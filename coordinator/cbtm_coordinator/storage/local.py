@@ -328,6 +328,13 @@ def _link_new(source: Path, target: Path) -> bool:
         os.link(source, target)
     except FileExistsError:
         return False
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.EOPNOTSUPP):
+            raise
+        # A file system without hard links: two writers at the same moment could both find it free.
+        if target.exists():
+            return False
+        os.replace(source, target)
     return True
 
 

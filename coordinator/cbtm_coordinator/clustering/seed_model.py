@@ -1,0 +1,120 @@
+"""The model that a run starts from, as a Hugging Face folder of safetensors.
+
+A pretrained one is loaded through `AutoModelForCausalLM`, by Hub id, local folder or object-store prefix, and saved
+again: what loads here loads on every worker. From scratch: random weights from a config, a function of the recipe's
+seed alone. Remote code is never trusted.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from cbtm_common.errors import InvalidArgument
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseModel:
+    """`directory` holds config.json and safetensors; `context` is the longest sequence, in tokens."""
+
+    directory: Path
+    parameters: int
+    vocab_size: int
+    context: int | None
+
+
+def fetch_prefix(location: str, target: Path, *, endpoint_url: str | None = None) -> Path:
+    """Downloads an `s3://bucket/prefix` folder. Credentials and endpoint come by boto3's usual chain."""
+    import boto3
+
+    parts = urlsplit(location)
+    prefix = parts.path.strip("/") + "/"
+    client = boto3.client("s3", endpoint_url=endpoint_url)
+    found = 0
+    for page in client.get_paginator("list_objects_v2").paginate(Bucket=parts.netloc, Prefix=prefix):
+        for entry in page.get("Contents", ()):
+            name = entry["Key"].removeprefix(prefix)
+            # One folder deep, as a model is; nothing else is fetched.
+            if name and "/" not in name and not name.startswith("."):
+                target.mkdir(parents=True, exist_ok=True)
+                client.download_file(parts.netloc, entry["Key"], str(target / name))
+                found += 1
+    if not found:
+        raise InvalidArgument(f"seed-model: there is nothing at {location}", field="seed-model")
+    return target
+
+
+def load_pretrained(source: str, output: Path) -> BaseModel:
+    """Loads and saves a pretrained model. Raises InvalidArgument, saying why it is none."""
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(source, dtype="auto", trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        message = str(error).strip().splitlines()
+        raise InvalidArgument(
+            f"seed-model: {source!r} is no causal language model that transformers can load: "
+            f"{message[0] if message else type(error).__name__}",
+            field="seed-model",
+        ) from error
+    return _save(model, output)
+
+
+def from_scratch(config_path: Path, output: Path, *, seed: int, vocab_size: int, eos_token_id: int) -> BaseModel:
+    """Random weights for the config at `config_path` (a Hugging Face config.json with its `model_type`)."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(**read_config(config_path))
+    config.vocab_size = vocab_size
+    config.eos_token_id = config.bos_token_id = config.pad_token_id = eos_token_id
+    generator_state = torch.random.get_rng_state()
+    torch.manual_seed(seed)
+    try:
+        model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InvalidArgument(f"from-scratch: {config_path} gives no model: {error}", field="from-scratch") from error
+    finally:
+        torch.random.set_rng_state(generator_state)
+    return _save(model.to(torch.float32), output)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The fields of a model config. Raises InvalidArgument, naming what is missing."""
+    try:
+        fields = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise InvalidArgument(f"from-scratch: there is no file {path}", field="from-scratch") from None
+    except ValueError as error:
+        raise InvalidArgument(f"from-scratch: {path} is not JSON: {error}", field="from-scratch") from error
+    if not isinstance(fields, dict) or "model_type" not in fields:
+        raise InvalidArgument(f"from-scratch: {path} has no model_type, such as 'llama'", field="from-scratch")
+    return fields
+
+
+def check_fit(base: BaseModel, *, sequence_length: int, tokenizer_size: int) -> None:
+    """Raises InvalidArgument when the recipe or the tokenizer asks for more than the model has."""
+    if base.context is not None and base.context < sequence_length:
+        raise InvalidArgument(
+            f"recipe: sequence_length {sequence_length} is over the model's context of {base.context} tokens",
+            field="sequence_length",
+        )
+    if tokenizer_size > base.vocab_size:
+        raise InvalidArgument(
+            f"tokenizer: it has {tokenizer_size} tokens, the model's vocabulary only {base.vocab_size}",
+            field="tokenizer",
+        )
+
+
+def _save(model: Any, output: Path) -> BaseModel:
+    model.save_pretrained(output)
+    config = model.config
+    return BaseModel(
+        directory=output,
+        parameters=sum(p.numel() for p in model.parameters()),
+        vocab_size=int(config.vocab_size),
+        context=getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None),
+    )
