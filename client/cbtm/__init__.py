@@ -1,0 +1,100 @@
+"""cbtm: the experts of a Cluster-Branch-Train-Merge run, used as one language model.
+
+    import cbtm
+    model = cbtm.Ensemble.from_coordinator("host:50051", run="web", top_k=2)
+    model.perplexity(texts); model.score(texts); model.route("text"); model.generate("Once", max_new_tokens=64)
+    model.save("ensemble/"); cbtm.Ensemble.load("ensemble/")
+
+Names are loaded when first used: importing this package costs nothing, and torch comes with the first model.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cbtm._ensemble import Ensemble
+    from cbtm._evaluate import Evaluation, evaluate, evaluate_run
+    from cbtm._parts import ClusterInfo
+    from cbtm._results import ClusterWeight, Generation, PerplexityResult, Routing, Score
+    from cbtm._routing import Policy, RoutingOptions
+    from cbtm_common.errors import (
+        AlreadyExists,
+        CbtmError,
+        IntegrityError,
+        InvalidArgument,
+        InvalidState,
+        NotFound,
+        PermissionDenied,
+        ResourceExhausted,
+        Unauthenticated,
+        Unavailable,
+    )
+    from cbtm_common.routing import Distance, Router
+
+_HOME = {
+    "AlreadyExists": "cbtm_common.errors",
+    "CbtmError": "cbtm_common.errors",
+    "ClusterInfo": "cbtm._parts",
+    "ClusterWeight": "cbtm._results",
+    "Distance": "cbtm_common.routing",
+    "Ensemble": "cbtm._ensemble",
+    "Evaluation": "cbtm._evaluate",
+    "Generation": "cbtm._results",
+    "IntegrityError": "cbtm_common.errors",
+    "InvalidArgument": "cbtm_common.errors",
+    "InvalidState": "cbtm_common.errors",
+    "NotFound": "cbtm_common.errors",
+    "PermissionDenied": "cbtm_common.errors",
+    "PerplexityResult": "cbtm._results",
+    "Policy": "cbtm._routing",
+    "ResourceExhausted": "cbtm_common.errors",
+    "Router": "cbtm_common.routing",
+    "Routing": "cbtm._results",
+    "RoutingOptions": "cbtm._routing",
+    "Score": "cbtm._results",
+    "Unauthenticated": "cbtm_common.errors",
+    "Unavailable": "cbtm_common.errors",
+    "evaluate": "cbtm._evaluate",
+    "evaluate_run": "cbtm._evaluate",
+}
+
+__all__ = [
+    "AlreadyExists",
+    "CbtmError",
+    "ClusterInfo",
+    "ClusterWeight",
+    "Distance",
+    "Ensemble",
+    "Evaluation",
+    "Generation",
+    "IntegrityError",
+    "InvalidArgument",
+    "InvalidState",
+    "NotFound",
+    "PermissionDenied",
+    "PerplexityResult",
+    "Policy",
+    "ResourceExhausted",
+    "Router",
+    "Routing",
+    "RoutingOptions",
+    "Score",
+    "Unauthenticated",
+    "Unavailable",
+    "evaluate",
+    "evaluate_run",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'cbtm' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

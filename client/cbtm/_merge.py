@@ -175,7 +175,7 @@ def _gates(model_dir: Path, tokenizer_dir: Path, cluster_texts: Sequence[Sequenc
 
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
-    model.eval()
+    model.train(False)
     context = int(model.config.max_position_embeddings)
     seen: list[list[torch.Tensor]] = [[] for _ in model.model.layers]
 

@@ -23,13 +23,13 @@ import shutil
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from cbtm_api.v1 import resources_pb2 as pb
-from cbtm_common.errors import NotFound, ResourceExhausted
+from cbtm_common.errors import Cancelled, NotFound, ResourceExhausted
 from cbtm_common.files import FileSpec, hash_file, safe_join
 from cbtm_common.transfer import OnBytes, Transfer, UrlExpired
 
@@ -42,6 +42,8 @@ _EXPIRED_IN_A_ROW = 3
 # Left free on the disk, for everything else on the machine.
 _RESERVE_BYTES = 64 << 20
 _STALE_PART_SECONDS = 7 * 86400
+# How often a wait for another process looks whether it was cancelled.
+_LOCK_SECONDS = 0.5
 
 
 class ContentCache:
@@ -59,6 +61,7 @@ class ContentCache:
         self._alive = FileLock(str(self._pins) + ".lock", thread_local=False)
         with self._room():
             self._alive.acquire()
+            self._pinned_by_anybody()
 
     def path_of(self, sha256: str) -> Path:
         """Where content of this digest is, if it is here."""
@@ -163,7 +166,7 @@ class ContentCache:
                 # The digest that the caller asked for counts, not the one that came with the URL.
                 asked = pb.Download(file=file.to_proto(), request=prepared[file.key].request)
                 try:
-                    with self._locked(file.sha256):
+                    with self._locked(file.sha256, cancelled):
                         if not self._has(file):
                             self._download(asked, transfer, on_bytes, cancelled)
                 except UrlExpired:
@@ -208,8 +211,21 @@ class ContentCache:
 
     # Sharing
 
-    def _locked(self, digest: str) -> FileLock:
-        return FileLock(str(self.directory / "locks" / f"{digest[:3]}.lock"))
+    @contextlib.contextmanager
+    def _locked(self, digest: str, cancelled: threading.Event | None) -> Iterator[None]:
+        """Held by whoever fetches this content; the wait for another can be cancelled."""
+        lock = FileLock(str(self.directory / "locks" / f"{digest[:3]}.lock"))
+        while True:
+            try:
+                lock.acquire(timeout=_LOCK_SECONDS)
+                break
+            except Timeout:
+                if cancelled is not None and cancelled.is_set():
+                    raise Cancelled("the download was cancelled") from None
+        try:
+            yield
+        finally:
+            lock.release()
 
     def _room(self) -> FileLock:
         """Held while pinning and while dropping, so that nothing is dropped between a look and its use."""

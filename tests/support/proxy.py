@@ -67,9 +67,12 @@ class FaultProxy:
         self._ready.set()
         self._loop.run_forever()
         server.close()
-        for task in asyncio.all_tasks(self._loop):
+        tasks = asyncio.all_tasks(self._loop)
+        for task in tasks:
             task.cancel()
-        self._loop.run_until_complete(asyncio.sleep(0))
+        # Until every connection is closed: what is left open would be reported as a leak of the test.
+        self._loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+        self._loop.run_until_complete(server.wait_closed())
         self._loop.close()
 
     def _draw(self, kind: str, probability: float) -> bool:
@@ -80,30 +83,35 @@ class FaultProxy:
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         rates = self.rates
-        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
+        try:
             if self._draw("error", rates.error):
                 await reader.read(_CHUNK)
                 writer.write(_RESPONSE_503)
                 await writer.drain()
             else:
                 await self._forward(reader, writer, rates)
-        writer.close()
+        except (ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
+            # A peer went away, or the proxy ends: nobody is left to be told.
+            pass
+        finally:
+            await _close(writer)
 
     async def _forward(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, rates: FaultRates) -> None:
         up_reader, up_writer = await asyncio.open_connection("127.0.0.1", self.target_port)
         limit = self._random.randrange(1, 1 << 20) if self._draw("cut_request", rates.cut_request) else None
         sending = asyncio.ensure_future(self._pump(reader, up_writer, limit=limit))
         answering = asyncio.ensure_future(self._answer(up_reader, writer, rates))
-        done, pending = await asyncio.wait({sending, answering}, return_when=asyncio.FIRST_COMPLETED)
-        if sending in done and limit is None and not answering.done():
-            pending = set()
-            await asyncio.wait({answering}, timeout=60)
-        for task in (sending, answering, *pending):
-            task.cancel()
-        await asyncio.gather(sending, answering, return_exceptions=True)
-        if limit is not None:
-            writer.transport.abort()
-        up_writer.close()
+        try:
+            done, _ = await asyncio.wait({sending, answering}, return_when=asyncio.FIRST_COMPLETED)
+            if sending in done and limit is None and not answering.done():
+                await asyncio.wait({answering}, timeout=60)
+            if limit is not None:
+                writer.transport.abort()
+        finally:
+            for task in (sending, answering):
+                task.cancel()
+            await asyncio.gather(sending, answering, return_exceptions=True)
+            await _close(up_writer)
 
     async def _pump(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter, *, limit: int | None) -> None:
         sent = 0
@@ -132,3 +140,12 @@ class FaultProxy:
             else:
                 sink.write(chunk)
                 await sink.drain()
+
+
+async def _close(writer: asyncio.StreamWriter) -> None:
+    """At once: bytes that the other side does not read must not keep it open."""
+    if writer.transport.get_write_buffer_size():
+        writer.transport.abort()
+    writer.close()
+    with contextlib.suppress(ConnectionError):
+        await writer.wait_closed()

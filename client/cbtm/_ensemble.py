@@ -1,0 +1,510 @@
+"""`Ensemble`: a run's experts as one language model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal, Self, overload
+
+import numpy as np
+
+from cbtm._decoder import MixtureDecoder
+from cbtm._folder import load_parts, save_parts
+from cbtm._generate import GenerateOptions, generate
+from cbtm._mixture import LogMixture, log_softmax
+from cbtm._parts import ClusterInfo, EnsembleParts
+from cbtm._residency import ExpertPool, Placement
+from cbtm._results import ClusterWeight, Generation, PerplexityResult, Routing, Score, perplexity_of
+from cbtm._routing import ContextRouter, Policy, RoutingOptions, fixed_weights
+from cbtm._scoring import TokenSequence, mixture_scores
+from cbtm._text import detokenizer_of
+from cbtm_common.errors import InvalidArgument, InvalidState
+from cbtm_common.routing import Distance
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+TopK = int | Literal["all"] | None
+# One text, or several.
+Texts = str | list[str] | tuple[str, ...]
+
+
+class Ensemble:
+    """The experts of a run, mixed by c-BTM's Eq. 1 and 2: p(x_t) = Σ_j w_j(x_<t) · p_j(x_t), for the top k experts.
+
+    Made by `from_coordinator` or `load`. Experts are loaded when first needed, and at most `max_experts` (or
+    `max_bytes` of weights) are in memory at a time. Every text starts with the end-of-text token as its context, as
+    documents do in training. A context manager; `close` ends the connection of one that came from a coordinator.
+
+    Arguments that both constructors share, all optional:
+
+    - `top_k`: experts mixed at each token; "all" for every one. Default: the run's.
+    - `temperature`: T of Eq. 2. Default: the run's.
+    - `device` ("cpu", "cuda:0", …), `dtype` ("float32", "bfloat16", …; default as stored).
+    - `max_experts`, `max_bytes`: what may be in memory; default no limit.
+    """
+
+    def __init__(self, parts: EnsembleParts, *, pool: ExpertPool, routing: RoutingOptions) -> None:
+        self._parts = parts
+        self._pool = pool
+        self._clusters = parts.present
+        self._tokenizer = _load_tokenizer(parts.tokenizer_dir)
+        self._check_tokenizer()
+        self._detokenizer = detokenizer_of(self._tokenizer)
+        self._start_id = _start_id(self._tokenizer)
+        router = parts.router.restrict([cluster.id for cluster in self._clusters])
+        self._router = ContextRouter(router, self._detokenizer, routing.check(len(self._clusters)))
+
+    # Where it comes from, and where it goes
+
+    @classmethod
+    def from_coordinator(
+        cls,
+        target: str,
+        *,
+        run: str,
+        token: str | None = None,
+        top_k: TopK = None,
+        temperature: float | None = None,
+        device: str | None = None,
+        dtype: str | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        max_experts: int | None = None,
+        max_bytes: int | None = None,
+    ) -> Self:
+        """The experts that a run (name or id) has at the coordinator `target` ("host:port").
+
+        `token` is a consumer's; default the environment's CBTM_TOKEN, or none, which is enough where the catalog is
+        public. Files are cached in `cache_dir`. A run in progress gives a partial ensemble: `missing_clusters` says
+        whose weight goes to the others. Raises InvalidState when no expert is finished, NotFound, Unauthenticated,
+        Unavailable.
+        """
+        from cbtm._catalog import Catalog
+
+        catalog = Catalog(
+            target,
+            run=run,
+            token=token or os.environ.get("CBTM_TOKEN") or None,
+            cache_dir=Path(cache_dir) if cache_dir is not None else None,
+        )
+        placement = Placement(device=device, dtype=dtype, max_experts=max_experts, max_bytes=max_bytes)
+        try:
+            return cls._of(catalog.parts(), placement, top_k=top_k, temperature=temperature)
+        except BaseException:
+            catalog.close()
+            raise
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        top_k: TopK = None,
+        temperature: float | None = None,
+        device: str | None = None,
+        dtype: str | None = None,
+        max_experts: int | None = None,
+        max_bytes: int | None = None,
+    ) -> Self:
+        """An ensemble that `save` wrote; needs no coordinator. Raises NotFound, IntegrityError, InvalidArgument."""
+        placement = Placement(device=device, dtype=dtype, max_experts=max_experts, max_bytes=max_bytes)
+        return cls._of(load_parts(Path(path)), placement, top_k=top_k, temperature=temperature)
+
+    @classmethod
+    def _of(cls, parts: EnsembleParts, placement: Placement, *, top_k: TopK, temperature: float | None) -> Self:
+        if not parts.present:
+            raise InvalidState(f"the ensemble of run {parts.run_name} holds no expert")
+        pool = ExpertPool([parts.experts[cluster.id] for cluster in parts.present], placement)
+        default = parts.recipe.routing
+        routing = RoutingOptions(
+            top_k=min(default.top_k, len(pool)) if top_k is None else None if top_k == "all" else top_k,
+            temperature=default.temperature if temperature is None else temperature,
+        )
+        return cls(parts, pool=pool, routing=routing)
+
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        overwrite: bool = False,
+        report: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        """Writes all of it to one folder (see `cbtm._folder`), fetching experts that are not on this disk yet.
+
+        `report` is told of each model as it is written. Raises AlreadyExists when something is at `path`.
+        """
+        save_parts(self._parts, Path(path), overwrite=overwrite, report=report)
+
+    def with_routing(
+        self,
+        *,
+        top_k: TopK = None,
+        temperature: float | None = None,
+        policy: Policy | Literal["prefix", "prompt", "fixed"] | None = None,
+        weights: Mapping[str, float] | Sequence[float] | None = None,
+        distance: Distance | Literal["squared", "quartic"] | None = None,
+    ) -> Ensemble:
+        """The same experts (shared, not loaded again) with other routing; what is not given stays.
+
+        `policy`: "prefix" routes anew at every token, "prompt" once on the prompt, "fixed" uses `weights` (by cluster
+        id, or one for each expert). `distance` "quartic" is the authors' code, "squared" the paper.
+        """
+        old = self._router.options
+        if policy is None:
+            chosen = Policy.FIXED if weights is not None else old.policy
+        else:
+            chosen = _enum(Policy, policy, "policy")
+        given = None if weights is None else fixed_weights(weights, [c.id for c in self._clusters])
+        routing = RoutingOptions(
+            top_k=old.top_k if top_k is None else None if top_k == "all" else top_k,
+            temperature=old.temperature if temperature is None else temperature,
+            distance=old.distance if distance is None else _enum(Distance, distance, "distance"),
+            policy=chosen,
+            weights=given if given is not None or chosen is not Policy.FIXED else old.weights,
+        )
+        return type(self)(self._parts, pool=self._pool, routing=routing)
+
+    def close(self) -> None:
+        """Drops the experts from memory and ends the connection to the coordinator, if there is one."""
+        self._pool.clear()
+        self._parts.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        options = self._router.options
+        missing = f", {len(self.missing_clusters)} missing" if self.missing_clusters else ""
+        return (
+            f"<cbtm.Ensemble {self._parts.run_name}: {len(self._clusters)} experts{missing}, "
+            f"top_k={options.top_k or 'all'}, temperature={options.temperature:g}, {self._pool.device}>"
+        )
+
+    # What it is
+
+    @property
+    def name(self) -> str:
+        """Of the run."""
+        return self._parts.run_name
+
+    @property
+    def clusters(self) -> tuple[ClusterInfo, ...]:
+        """Those whose expert is here, in order of their index: the K of every weight vector."""
+        return self._clusters
+
+    @property
+    def missing_clusters(self) -> tuple[str, ...]:
+        """Ids of the run's clusters that have no expert (yet); weights are renormalised over the others."""
+        return tuple(cluster.id for cluster in self._parts.missing)
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return self._tokenizer
+
+    @property
+    def routing(self) -> RoutingOptions:
+        return self._router.options
+
+    @property
+    def context_router(self) -> ContextRouter:
+        """From token ids to weights."""
+        return self._router
+
+    @property
+    def pool(self) -> ExpertPool:
+        """The experts in memory, and how many loads that took."""
+        return self._pool
+
+    @property
+    def parts(self) -> EnsembleParts:
+        return self._parts
+
+    # What it does
+
+    @overload
+    def route(self, text: str) -> Routing: ...
+    @overload
+    def route(self, text: list[str] | tuple[str, ...]) -> list[Routing]: ...
+    def route(self, text: Texts) -> Routing | list[Routing]:
+        """The clusters that a text goes to, with the weights that its continuation would start from."""
+        texts = [text] if isinstance(text, str) else list(text)
+        routings = []
+        for one, weights in zip(texts, self._router.text_weights(texts) if texts else [], strict=True):
+            order = sorted(np.flatnonzero(weights).tolist(), key=lambda i: (-weights[i], i))
+            found = (
+                ClusterWeight(
+                    cluster_id=self._clusters[i].id,
+                    index=self._clusters[i].index,
+                    weight=float(weights[i]),
+                    top_terms=self._clusters[i].top_terms,
+                )
+                for i in order
+            )
+            routings.append(Routing(text=one, weights=tuple(found)))
+        return routings[0] if isinstance(text, str) else routings
+
+    @overload
+    def score(self, text: str, *, prompts: str | None = None) -> Score: ...
+    @overload
+    def score(self, text: list[str] | tuple[str, ...], *, prompts: Texts | None = None) -> list[Score]: ...
+    def score(self, text: Texts, *, prompts: Texts | None = None) -> Score | list[Score]:
+        """Log-probability of each token of each text, given its prompt if there is one.
+
+        Prompt and text are tokenized apart and joined. Long texts are scored in windows, as `perplexity` does.
+        """
+        texts = [text] if isinstance(text, str) else list(text)
+        before = [""] * len(texts) if prompts is None else [prompts] if isinstance(prompts, str) else list(prompts)
+        if len(before) != len(texts):
+            raise InvalidArgument(f"prompts: {len(before)} for {len(texts)} texts", field="prompts")
+        if self._router.options.policy is Policy.PROMPT and prompts is None:
+            raise InvalidArgument("prompts: policy 'prompt' routes on them, so they are needed", field="prompts")
+        sequences = [self._sequence(t, prompt=p) for t, p in zip(texts, before, strict=True)]
+        scores, _ = self._score(sequences)
+        return scores[0] if isinstance(text, str) else scores
+
+    def perplexity(
+        self,
+        texts: Texts,
+        *,
+        window: int | None = None,
+        stride: int | None = None,
+        progress: Callable[[int], None] | None = None,
+    ) -> PerplexityResult:
+        """exp of the mean negative log-probability of a token, over all tokens of all texts (token-weighted).
+
+        Protocol: each text is scored on its own, all its tokens, the first given the end-of-text token alone; the
+        closing end-of-text token is not scored. Texts longer than `window` tokens (default: what the experts were
+        trained on, within their context) are scored in windows that advance by `stride` (default: half a window), each
+        scoring the tokens that the one before could not. Routing sees the whole text so far. Tokens are the run's own:
+        numbers of models with different tokenizers do not compare.
+        """
+        given = [texts] if isinstance(texts, str) else list(texts)
+        if self._router.options.policy is Policy.PROMPT:
+            raise InvalidArgument("policy: 'prompt' has no prompt here; use score with prompts", field="policy")
+        sequences = [self._sequence(text) for text in given]
+        scores, share = self._score(sequences, window=window, stride=stride, progress=progress)
+        tokens = sum(len(score.token_ids) for score in scores)
+        if not tokens:
+            raise InvalidArgument("texts: they hold no token to score", field="texts")
+        total = sum(score.log_prob for score in scores)
+        return PerplexityResult(
+            perplexity=perplexity_of(total, tokens),
+            tokens=tokens,
+            log_likelihood=total,
+            texts=tuple(scores),
+            expert_share={c.id: float(s) for c, s in zip(self._clusters, share, strict=True)},
+            missing_clusters=self.missing_clusters,
+        )
+
+    @overload
+    def generate(
+        self,
+        prompt: str,
+        max_new_tokens: int = ...,
+        *,
+        temperature: float = ...,
+        top_p: float | None = ...,
+        top_k_tokens: int | None = ...,
+        seed: int = ...,
+        stop: str | Sequence[str] = ...,
+        on_text: Callable[[int, str], None] | None = ...,
+    ) -> Generation: ...
+    @overload
+    def generate(
+        self,
+        prompt: list[str] | tuple[str, ...],
+        max_new_tokens: int = ...,
+        *,
+        temperature: float = ...,
+        top_p: float | None = ...,
+        top_k_tokens: int | None = ...,
+        seed: int = ...,
+        stop: str | Sequence[str] = ...,
+        on_text: Callable[[int, str], None] | None = ...,
+    ) -> list[Generation]: ...
+    def generate(
+        self,
+        prompt: Texts,
+        max_new_tokens: int = 64,
+        *,
+        temperature: float = 0.0,
+        top_p: float | None = None,
+        top_k_tokens: int | None = None,
+        seed: int = 0,
+        stop: str | Sequence[str] = (),
+        on_text: Callable[[int, str], None] | None = None,
+    ) -> Generation | list[Generation]:
+        """Continues one prompt, or many at once; greedy at `temperature` 0, else sampled.
+
+        `top_p` and `top_k_tokens` bound what is sampled from; `stop` strings end a text and are left out of it.
+        `on_text(row, text)` is told of text as it comes. Raises InvalidArgument for an empty prompt and for one that
+        is longer than the experts' context.
+        """
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        limit = self._pool.context
+        options = GenerateOptions(
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            top_k_tokens=top_k_tokens,
+            seed=seed,
+            stop=(stop,) if isinstance(stop, str) else tuple(stop),
+            end_tokens=frozenset({self._start_id}) | _end_ids(self._tokenizer),
+            max_length=limit,
+        ).check()
+        contexts = [self._prompt(text, place, limit) for place, text in enumerate(prompts)]
+        if not contexts:
+            return []
+        decoder = MixtureDecoder(self._pool, self._router, contexts)
+        results = [
+            Generation(
+                prompt=text,
+                completion=found.text,
+                token_ids=tuple(found.token_ids),
+                finish_reason=found.finish_reason,
+            )
+            for text, found in zip(prompts, generate(decoder, self._detokenizer, options, on_text=on_text), strict=True)
+        ]
+        return results[0] if isinstance(prompt, str) else results
+
+    def log_probs(self, input_ids: torch.Tensor | Sequence[Sequence[int]]) -> torch.Tensor:
+        """The mixture's log-probabilities, [B, T, V], float32: at [b, t], of the token after `input_ids[b, :t + 1]`.
+
+        `input_ids` [B, T] is taken as it is: begin it with the end-of-text token for a text from its start. Weights at
+        t are routed on the tokens up to t. Holds B·T·V numbers; `score` does not.
+        """
+        import torch
+
+        ids_BT = torch.as_tensor(input_ids, dtype=torch.long)
+        if ids_BT.ndim != 2 or ids_BT.numel() == 0:
+            raise InvalidArgument(f"input_ids: a shape [B, T] is needed, not {list(ids_BT.shape)}", field="input_ids")
+        limit, vocabulary = self._pool.context, self._pool.vocabulary
+        if limit is not None and ids_BT.shape[1] > limit:
+            raise InvalidArgument(
+                f"input_ids: {ids_BT.shape[1]} tokens are more than the context of {limit}", field="input_ids"
+            )
+        if int(ids_BT.min()) < 0 or int(ids_BT.max()) >= vocabulary:
+            raise InvalidArgument(f"input_ids: ids are from 0 to {vocabulary - 1}", field="input_ids")
+        if self._router.options.policy is Policy.PROMPT:
+            raise InvalidArgument("policy: 'prompt' has no prompt here", field="policy")
+        # The id put after each row stands for the token to predict; no weight looks at it.
+        weights_BTK = np.stack([self._router.positions([*row, 0], 1) for row in ids_BT.tolist()])
+        B, T = ids_BT.shape
+        mixture: LogMixture | None = None
+        for expert in self._pool.order(np.flatnonzero(weights_BTK.any(axis=(0, 1))).tolist()):
+            rows = np.flatnonzero(weights_BTK[:, :, expert].any(axis=1))
+            model = self._pool.get(expert)
+            with torch.inference_mode():
+                logits_RTV = model(input_ids=ids_BT[torch.from_numpy(rows)].to(model.device), use_cache=False).logits
+            weights_P = torch.from_numpy(weights_BTK[rows, :, expert].reshape(-1)).to(model.device)
+            used_P = weights_P > 0
+            places_P = torch.from_numpy((rows[:, None] * T + np.arange(T)).reshape(-1)).to(model.device)
+            if mixture is None:
+                mixture = LogMixture(B * T, logits_RTV.shape[-1], logits_RTV.device)
+            mixture.add(places_P[used_P], log_softmax(logits_RTV.flatten(0, 1)[used_P]), weights_P[used_P].float())
+        assert mixture is not None, "weights of a position sum to 1"
+        return mixture.result().reshape(B, T, -1)
+
+    # Between text and tokens
+
+    def sequence_of(self, token_ids: Sequence[int]) -> TokenSequence:
+        """A document by its token ids, end-of-text left out, as it is scored."""
+        return TokenSequence(ids=(self._start_id, *token_ids))
+
+    def window_and_stride(self, window: int | None = None, stride: int | None = None) -> tuple[int, int]:
+        """What scoring uses, in tokens. Raises InvalidArgument when they do not fit the experts or one another."""
+        limit = self._pool.context
+        trained = self._parts.recipe.sequence_length
+        chosen = window if window is not None else trained if limit is None else min(limit, trained)
+        if not 1 <= chosen <= (limit or chosen):
+            raise InvalidArgument(f"window: {chosen} is not between 1 and the context of {limit}", field="window")
+        step = max(1, chosen // 2) if stride is None else stride
+        if not 1 <= step <= chosen:
+            raise InvalidArgument(f"stride: {step} is not between 1 and the window of {chosen}", field="stride")
+        return chosen, step
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, no special token added."""
+        ids = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return [int(i) for i in ids]
+
+    def _score(
+        self,
+        sequences: Sequence[TokenSequence],
+        *,
+        window: int | None = None,
+        stride: int | None = None,
+        progress: Callable[[int], None] | None = None,
+    ) -> tuple[list[Score], np.ndarray[Any, np.dtype[np.float64]]]:
+        length, step = self.window_and_stride(window, stride)
+        found, share = mixture_scores(
+            self._pool, self._router, sequences, window=length, stride=step, progress=progress
+        )
+        scores = [
+            Score(token_ids=sequence.ids[sequence.first :], token_log_probs=tuple(values.tolist()))
+            for sequence, values in zip(sequences, found, strict=True)
+        ]
+        return scores, share
+
+    def _sequence(self, text: str, *, prompt: str = "") -> TokenSequence:
+        before = self.encode(prompt) if prompt else []
+        return TokenSequence(ids=(self._start_id, *before, *self.encode(text)), first=1 + len(before))
+
+    def _prompt(self, text: str, place: int, limit: int | None) -> list[int]:
+        ids = self.encode(text)
+        if not ids:
+            raise InvalidArgument(f"prompt: number {place + 1} is empty; give at least one character", field="prompt")
+        if limit is not None and len(ids) + 1 > limit:
+            raise InvalidArgument(
+                f"prompt: number {place + 1} has {len(ids)} tokens, and the experts' context holds {limit - 1} after "
+                "the start; shorten it",
+                field="prompt",
+            )
+        return [self._start_id, *ids]
+
+    def _check_tokenizer(self) -> None:
+        size = max(self._tokenizer.get_vocab().values(), default=-1) + 1
+        if size > self._pool.vocabulary:
+            raise InvalidArgument(
+                f"tokenizer: it has {size} ids and the experts know {self._pool.vocabulary}: they do not belong "
+                "together",
+                field="tokenizer",
+            )
+
+
+def _load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    except (ValueError, OSError, KeyError) as error:
+        raise InvalidArgument(f"tokenizer: {directory} holds none that loads: {error}", field="tokenizer") from error
+    assert isinstance(tokenizer, PreTrainedTokenizerBase)
+    return tokenizer
+
+
+def _start_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token that stands before every document in training: the end of the one before."""
+    for name in ("eos_token_id", "bos_token_id"):
+        token_id = getattr(tokenizer, name, None)
+        if isinstance(token_id, int):
+            return token_id
+    raise InvalidArgument("tokenizer: it has no end-of-text token", field="tokenizer")
+
+
+def _end_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    token_id = getattr(tokenizer, "eos_token_id", None)
+    return frozenset({token_id}) if isinstance(token_id, int) else frozenset()
+
+
+def _enum(kind: Any, value: str, field: str) -> Any:
+    try:
+        return kind(value)
+    except ValueError:
+        raise InvalidArgument(f"{field}: {value!r} is not one of {', '.join(kind)}", field=field) from None

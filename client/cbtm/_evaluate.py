@@ -1,0 +1,263 @@
+"""Perplexity of an ensemble and what it is compared with, over held-out documents, from one pass of each model.
+
+Every expert scores every token once; mixtures of any top k are then arithmetic on those log-probabilities and on the
+routing weights, equal to what `Ensemble.perplexity` gives. Compared are the seed model, the dense baseline where the
+run has one, each expert alone on its own cluster, and the mixtures.
+
+Protocol: as `Ensemble.perplexity` (each document on its own after an end-of-text token, strided windows,
+token-weighted). Numbers over all clusters weigh each cluster by its tokens among the documents given. Nothing is tuned
+here; do not choose k or temperature by these numbers and then report them.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from cbtm._catalog import Catalog, HeldOutDocument
+from cbtm._ensemble import Ensemble
+from cbtm._residency import ExpertPool, ExpertSource, check_dtype, load_model
+from cbtm._results import perplexity_of
+from cbtm._scoring import TokenSequence, model_scores
+from cbtm_common.errors import InvalidArgument
+from cbtm_common.routing import keep_top
+
+Float64 = npt.NDArray[np.float64]
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterEvaluation:
+    """One cluster's documents: perplexities by name ("seed", "expert" for its own, "dense", "top1", …, "all")."""
+
+    cluster_id: str
+    index: int
+    top_terms: tuple[str, ...]
+    documents: int
+    tokens: int
+    perplexity: Mapping[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """`perplexity` over all documents by name: "seed", "dense", "expert" (each on its own cluster), "top1", …, "all".
+
+    `expert_share` is each expert's mean weight at the ensemble's own top k and temperature.
+    """
+
+    run: str
+    documents: int
+    tokens: int
+    window: int
+    stride: int
+    temperature: float
+    perplexity: Mapping[str, float]
+    clusters: tuple[ClusterEvaluation, ...]
+    expert_share: Mapping[str, float]
+    missing_clusters: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON; NaN and infinity, which it lacks, become null."""
+        values: dict[str, Any] = _jsonable(asdict(self))
+        return values
+
+
+def evaluate(
+    model: Ensemble,
+    documents: Sequence[HeldOutDocument] | Sequence[str],
+    *,
+    top_k: Sequence[int] | None = None,
+    baseline: Ensemble | None = None,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Evaluates `model` on texts, or on token documents with their clusters.
+
+    A text belongs to the cluster that the router finds nearest to the whole of it, as in sharding; only the tables by
+    cluster use that. `top_k`: which mixtures besides all experts; default 1, 2, 4, … `progress(name, done, total)` is
+    told of tokens read by each model. Holds one float for each token and expert.
+    """
+    held_out = [d if isinstance(d, HeldOutDocument) else _assigned(model, d) for d in documents]
+    held_out = [d for d in held_out if d.token_ids]
+    if not held_out:
+        raise InvalidArgument("documents: there is no token to score", field="documents")
+    count = len(model.clusters)
+    ks = sorted(set(top_k)) if top_k is not None else [2**n for n in range(count.bit_length()) if 2**n < count] or [1]
+    if not all(1 <= k <= count for k in ks):
+        raise InvalidArgument(f"top_k: {ks} are not all between 1 and the {count} experts", field="top_k")
+    sequences = [model.sequence_of(d.token_ids) for d in held_out]
+    window, stride = model.window_and_stride()
+    scorer = _Scorer(sequences, window, stride, progress)
+    of_experts = [scorer.expert(model.pool, expert) for expert in range(count)]
+    values: dict[str, list[Float64]] = {}
+    if model.parts.seed is not None:
+        values["seed"] = scorer.source("seed", model.parts.seed, model.pool)
+    if baseline is not None:
+        if len(baseline.pool) != 1 or baseline.tokenizer.get_vocab() != model.tokenizer.get_vocab():
+            raise InvalidArgument("baseline: it is not one dense model with the same tokenizer", field="baseline")
+        values["dense"] = scorer.expert(baseline.pool, 0, name="dense")
+    place = {cluster.id: i for i, cluster in enumerate(model.clusters)}
+    unknown = [np.full(sequence.scored, np.nan) for sequence in sequences]
+    values["expert"] = [
+        of_experts[place[d.cluster_id]][n] if d.cluster_id in place else unknown[n] for n, d in enumerate(held_out)
+    ]
+    mixtures, share = _mixtures(model, sequences, of_experts, ks)
+    values |= mixtures
+    return _tabulate(model, held_out, values, share, window=window, stride=stride)
+
+
+def evaluate_run(
+    target: str,
+    *,
+    run: str,
+    token: str | None = None,
+    baseline: str | Literal["auto"] | None = "auto",
+    top_k: Sequence[int] | None = None,
+    temperature: float | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    max_experts: int | None = None,
+    max_tokens_per_cluster: int | None = None,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Evaluates a run on the held-out shards that its coordinator keeps; needs a token of role consumer or admin.
+
+    `baseline` names a dense run to set beside it; "auto" takes the run's own where one is complete, None takes none.
+    """
+    secret = token or os.environ.get("CBTM_TOKEN") or None
+    common: dict[str, Any] = {"token": secret, "device": device, "dtype": dtype, "cache_dir": cache_dir}
+    directory = Path(cache_dir) if cache_dir is not None else None
+    with Catalog(target, run=run, token=secret, cache_dir=directory) as catalog:
+        name = baseline
+        if baseline == "auto":
+            found = catalog.baselines()
+            name = found[0].id if found else None
+        documents = catalog.held_out(max_tokens_per_cluster=max_tokens_per_cluster)
+    with Ensemble.from_coordinator(
+        target, run=run, temperature=temperature, max_experts=max_experts, **common
+    ) as model:
+        if name is None:
+            return evaluate(model, documents, top_k=top_k, progress=progress)
+        with Ensemble.from_coordinator(target, run=name, **common) as dense:
+            return evaluate(model, documents, top_k=top_k, baseline=dense, progress=progress)
+
+
+class _Scorer:
+    """Runs one model at a time over the same sequences."""
+
+    def __init__(self, sequences: Sequence[TokenSequence], window: int, stride: int, progress: Progress | None) -> None:
+        self._sequences = sequences
+        self._window = window
+        self._stride = stride
+        self._progress = progress
+        self._total = sum(sequence.scored for sequence in sequences)
+
+    def expert(self, pool: ExpertPool, index: int, *, name: str | None = None) -> list[Float64]:
+        return self._run(name or pool.sources[index].name, pool.get(index))
+
+    def source(self, name: str, source: ExpertSource, pool: ExpertPool) -> list[Float64]:
+        dtype = check_dtype(pool.placement.dtype)
+        return self._run(name, load_model(source.directory(), name=name, device=pool.device, dtype=dtype))
+
+    def _run(self, name: str, model: Any) -> list[Float64]:
+        done = 0
+
+        def told(tokens: int) -> None:
+            nonlocal done
+            done = min(done + tokens, self._total)
+            if self._progress is not None:
+                self._progress(name, done, self._total)
+
+        return model_scores(model, self._sequences, window=self._window, stride=self._stride, progress=told)
+
+
+def _mixtures(
+    model: Ensemble, sequences: Sequence[TokenSequence], of_experts: Sequence[Sequence[Float64]], ks: Sequence[int]
+) -> tuple[dict[str, list[Float64]], Float64]:
+    """Log-probabilities of each mixture, by document, and the experts' share at the model's own top k."""
+    router = model.with_routing(top_k="all").context_router
+    values: dict[str, list[Float64]] = {name: [] for name in [*(f"top{k}" for k in ks), "all"]}
+    share = np.zeros(len(of_experts))
+    for n, sequence in enumerate(sequences):
+        weights_TK = router.positions(sequence.ids, sequence.first)
+        log_probs_TK = np.stack([scores[n] for scores in of_experts], axis=1)
+        for k in (*ks, None):
+            values["all" if k is None else f"top{k}"].append(_mix(keep_top(weights_TK, k), log_probs_TK))
+        share += keep_top(weights_TK, model.routing.top_k).sum(axis=0)
+    return values, share / share.sum()
+
+
+def _mix(weights_TK: Float64, log_probs_TK: Float64) -> Float64:
+    """log Σ_k w · p, without leaving log space."""
+    with np.errstate(divide="ignore"):
+        mixed: Float64 = np.logaddexp.reduce(np.log(weights_TK) + log_probs_TK, axis=1)
+    return mixed
+
+
+def _tabulate(
+    model: Ensemble,
+    held_out: Sequence[HeldOutDocument],
+    values: Mapping[str, Sequence[Float64]],
+    share: Float64,
+    *,
+    window: int,
+    stride: int,
+) -> Evaluation:
+    rows: dict[str, list[int]] = {}
+    for n, document in enumerate(held_out):
+        rows.setdefault(document.cluster_id, []).append(n)
+    tokens = [len(document.token_ids) for document in held_out]
+
+    def perplexities(numbers: Sequence[int]) -> dict[str, float]:
+        count = sum(tokens[n] for n in numbers)
+        return {
+            name: perplexity_of(math.fsum(float(found[n].sum()) for n in numbers), count)
+            for name, found in values.items()
+        }
+
+    clusters = tuple(
+        ClusterEvaluation(
+            cluster_id=cluster.id,
+            index=cluster.index,
+            top_terms=cluster.top_terms,
+            documents=len(rows[cluster.id]),
+            tokens=sum(tokens[n] for n in rows[cluster.id]),
+            perplexity=perplexities(rows[cluster.id]),
+        )
+        for cluster in model.parts.clusters
+        if cluster.id in rows
+    )
+    return Evaluation(
+        run=model.name,
+        documents=len(held_out),
+        tokens=sum(tokens),
+        window=window,
+        stride=stride,
+        temperature=model.routing.temperature,
+        perplexity=perplexities(range(len(held_out))),
+        clusters=clusters,
+        expert_share={c.id: float(s) for c, s in zip(model.clusters, share, strict=True)},
+        missing_clusters=model.missing_clusters,
+    )
+
+
+def _assigned(model: Ensemble, text: str) -> HeldOutDocument:
+    weights = model.parts.router.weights([text], top_k=1)
+    return HeldOutDocument(
+        token_ids=tuple(model.encode(text)), cluster_id=model.parts.router.cluster_ids[int(weights.argmax())]
+    )
+
+
+def _jsonable(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _jsonable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_jsonable(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

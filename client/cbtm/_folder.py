@@ -1,0 +1,193 @@
+"""An ensemble in one folder, to copy, publish and load with no coordinator.
+
+    cbtm.json            format, run, clusters and their experts by id, recipe, length and SHA-256 of every file
+    config.json          model_type "cbtm", for `transformers`
+    tokenizer.json, …    the tokenizer
+    router/              router.json, router.safetensors
+    experts/0000/, …     plain Hugging Face directories: each loads alone with AutoModelForCausalLM
+    seed/                the model that the experts branched from, likewise
+
+Files are checked against cbtm.json when they are first used; a folder whose cbtm.json names no digests (written by
+hand) is taken as it is. Saving is atomic: the folder appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cbtm._parts import ClusterInfo, EnsembleParts
+from cbtm_common.errors import AlreadyExists, IntegrityError, InvalidArgument, NotFound
+from cbtm_common.files import describe, hash_file, safe_join
+from cbtm_common.recipe import Recipe
+from cbtm_common.routing import load_router
+
+FORMAT = "cbtm-ensemble-1"
+MANIFEST = "cbtm.json"
+MODEL_TYPE = "cbtm"
+
+
+@dataclass(kw_only=True)
+class FolderSource:
+    """A model directory within a saved ensemble; its files are hashed once, when first asked for."""
+
+    name: str
+    root: Path
+    relative: str
+    # Relative path -> (size, sha256), of the whole ensemble.
+    digests: Mapping[str, tuple[int, str]]
+    _checked: bool = field(default=False)
+
+    def config_path(self) -> Path:
+        return safe_join(self.root, f"{self.relative}/config.json")
+
+    def directory(self) -> Path:
+        path = safe_join(self.root, self.relative)
+        if not path.is_dir():
+            raise IntegrityError(f"{self.name}: {path} is missing; copy the whole ensemble folder")
+        if not self._checked:
+            _verify(self.root, self.relative + "/", self.digests, name=self.name)
+            self._checked = True
+        return path
+
+
+def load_parts(path: Path) -> EnsembleParts:
+    """The ensemble saved in `path`. Raises NotFound, IntegrityError or InvalidArgument."""
+    manifest_path = path / MANIFEST
+    try:
+        manifest = json.loads(manifest_path.read_text("utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise NotFound(f"{path} is no saved ensemble: it has no {MANIFEST}") from None
+    except (OSError, ValueError) as error:
+        raise IntegrityError(f"{manifest_path} cannot be read: {error}") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise InvalidArgument(f"{manifest_path}: its format is not {FORMAT}; a newer cbtm may be needed", field="path")
+    try:
+        return _parts(path, manifest)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise IntegrityError(f"{manifest_path} is damaged: {error!r}") from error
+
+
+def _parts(path: Path, manifest: dict[str, Any]) -> EnsembleParts:
+    digests = {name: (int(about["size"]), str(about["sha256"])) for name, about in manifest.get("files", {}).items()}
+    _verify(path, "router/", digests, name="router")
+    clusters, experts = [], {}
+    for entry in sorted(manifest["clusters"], key=lambda entry: int(entry["index"])):
+        cluster = ClusterInfo(id=str(entry["id"]), index=int(entry["index"]), top_terms=tuple(entry["top_terms"]))
+        clusters.append(cluster)
+        if entry["expert"] is not None:
+            experts[cluster.id] = FolderSource(
+                name=f"expert {cluster.index}", root=path, relative=str(entry["expert"]), digests=digests
+            )
+    seed = manifest["seed"]
+    return EnsembleParts(
+        run_id=str(manifest["run"]["id"]),
+        run_name=str(manifest["run"]["name"]),
+        router=load_router(path / "router"),
+        tokenizer_dir=path,
+        clusters=tuple(clusters),
+        experts=experts,
+        seed=FolderSource(name="seed", root=path, relative=str(seed), digests=digests) if seed else None,
+        recipe=Recipe.from_json(json.dumps(manifest["recipe"])),
+    )
+
+
+def save_parts(
+    parts: EnsembleParts, path: Path, *, overwrite: bool = False, report: Callable[[str], None] = lambda _: None
+) -> None:
+    """Writes `parts` to `path`, fetching what is not on this disk yet. `report` is told of each step.
+
+    Raises AlreadyExists when something is there, unless `overwrite` and it is a saved ensemble.
+    """
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        if not overwrite:
+            raise AlreadyExists(f"{path} exists; choose another folder, or overwrite it")
+        if not (path / MANIFEST).is_file():
+            raise AlreadyExists(f"{path} exists and is no saved ensemble: it is not overwritten")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unique = uuid.uuid4().hex[:8]
+    building, old = (path.with_name(f".{path.name}.{unique}.{kind}") for kind in ("new", "old"))
+    try:
+        _write(parts, building, report)
+        if path.exists():
+            path.rename(old)
+        building.rename(path)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _write(parts: EnsembleParts, root: Path, report: Callable[[str], None]) -> None:
+    root.mkdir()
+    for file in tokenizer_files(parts.tokenizer_dir):
+        shutil.copyfile(file, root / file.name)
+    parts.router.save(root / "router")
+    entries = []
+    first: Path | None = None
+    for cluster in parts.clusters:
+        source = parts.experts.get(cluster.id)
+        relative = f"experts/{cluster.index:04d}" if source is not None else None
+        if source is not None and relative is not None:
+            report(source.name)
+            first = _copy(source.directory(), root / relative)
+        entries.append(
+            {"id": cluster.id, "index": cluster.index, "expert": relative, "top_terms": list(cluster.top_terms)}
+        )
+    if parts.seed is not None:
+        report(parts.seed.name)
+        _copy(parts.seed.directory(), root / "seed")
+    assert first is not None, "an ensemble has an expert"
+    expert_config = json.loads((first / "config.json").read_text("utf-8"))
+    config = {
+        "model_type": MODEL_TYPE,
+        "architectures": ["CbtmForCausalLM"],
+        **{key: expert_config[key] for key in _SHARED_CONFIG if key in expert_config},
+    }
+    (root / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
+    manifest = {
+        "format": FORMAT,
+        "run": {"id": parts.run_id, "name": parts.run_name},
+        "recipe": json.loads(parts.recipe.to_json()),
+        "clusters": entries,
+        "seed": "seed" if parts.seed is not None else None,
+        "files": {spec.path: {"size": spec.size, "sha256": spec.sha256} for spec in describe(root)},
+    }
+    (root / MANIFEST).write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", "utf-8")
+
+
+# What the ensemble has in common with each of its experts, and generation tools ask a config for.
+_SHARED_CONFIG = ("vocab_size", "max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
+_NOT_TOKENIZER = frozenset({MANIFEST, "config.json", "generation_config.json"})
+
+
+def tokenizer_files(directory: Path) -> list[Path]:
+    """The files directly in `directory`, but for those that are not a tokenizer's."""
+    return sorted(
+        p
+        for p in directory.iterdir()
+        if p.is_file() and p.name not in _NOT_TOKENIZER and not p.name.startswith(".") and p.suffix != ".safetensors"
+    )
+
+
+def _copy(source: Path, target: Path) -> Path:
+    for file in sorted(p for p in source.rglob("*") if p.is_file()):
+        into = target / file.relative_to(source)
+        into.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, into)
+    return target
+
+
+def _verify(root: Path, prefix: str, digests: Mapping[str, tuple[int, str]], *, name: str) -> None:
+    for relative, expected in digests.items():
+        if not relative.startswith(prefix):
+            continue
+        path = safe_join(root, relative)
+        if not path.is_file():
+            raise IntegrityError(f"{name}: {path} is missing; copy the whole ensemble folder")
+        if hash_file(path) != expected:
+            raise IntegrityError(f"{name}: {path} is damaged: it is not the file that was saved; copy it again")

@@ -1,0 +1,181 @@
+"""Mixture weights for token contexts: at every position of a document, and for contexts that grow.
+
+The token at position t is predicted with the weights of the tokens before t, nothing staler. A context without a known
+term has the clusters' prior. Policies:
+
+- `prefix` (c-BTM's Eq. 2): weights are those of the context so far, at every token;
+- `prompt`: those of the prompt, kept while the answer grows;
+- `fixed`: given by the caller.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from cbtm._text import Detokenizer, TextState, decode_prefixes
+from cbtm_common.errors import InvalidArgument
+from cbtm_common.routing import CentroidRouter, Distance, Router, RunningText, TermEmbedding, keep_top
+
+if TYPE_CHECKING:
+    from typing import Self
+
+Float64 = npt.NDArray[np.float64]
+
+
+class Policy(StrEnum):
+    PREFIX = "prefix"
+    PROMPT = "prompt"
+    FIXED = "fixed"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoutingOptions:
+    """How contexts become weights over the experts.
+
+    `top_k` None mixes all experts; `temperature` is Eq. 2's T; `distance` is the paper's ‖·‖² or the authors' code's
+    ‖·‖⁴, for which T means something else. `weights` (one for each expert, any scale) goes with policy `fixed` alone.
+    """
+
+    top_k: int | None = None
+    temperature: float = 0.1
+    distance: Distance = Distance.SQUARED
+    policy: Policy = Policy.PREFIX
+    weights: tuple[float, ...] | None = None
+
+    def check(self, experts: int) -> Self:
+        """Itself, if it fits an ensemble of so many experts. Raises InvalidArgument, naming the field."""
+        if self.top_k is not None and not 1 <= self.top_k <= experts:
+            raise InvalidArgument(
+                f"top_k: {self.top_k} is not between 1 and {experts}, the number of experts", field="top_k"
+            )
+        if not self.temperature > 0:
+            raise InvalidArgument(f"temperature: {self.temperature} is not above 0", field="temperature")
+        if (self.policy is Policy.FIXED) != (self.weights is not None):
+            raise InvalidArgument("weights: they go with policy 'fixed', and it needs them", field="weights")
+        if self.weights is not None:
+            finite = all(np.isfinite(w) and w >= 0 for w in self.weights)
+            if len(self.weights) != experts or not finite or sum(self.weights) <= 0:
+                raise InvalidArgument(
+                    f"weights: {experts} numbers are needed, none negative and not all zero", field="weights"
+                )
+        return self
+
+
+@dataclass(frozen=True)
+class ContextState:
+    """A context as routing sees it. Immutable: contexts may branch."""
+
+    text: TextState
+    running: RunningText
+    # Weights that no longer change, [K]: of policies `prompt` and `fixed`.
+    settled: Float64 | None = None
+
+
+class ContextRouter:
+    """From token ids to weights [K]; one object for scoring and generation."""
+
+    def __init__(self, router: Router, detokenizer: Detokenizer, options: RoutingOptions) -> None:
+        self.router = router
+        self.detokenizer = detokenizer
+        self.options = options
+
+    def text_weights(self, texts: Sequence[str]) -> Float64:
+        """[N, K]: weights of whole texts."""
+        if self.options.weights is not None:
+            return np.repeat(self._fixed()[None], len(texts), axis=0)
+        options = self.options
+        return _unit(
+            self.router.weights(texts, top_k=options.top_k, temperature=options.temperature, distance=options.distance)
+        )
+
+    def positions(self, ids: Sequence[int], first: int) -> Float64:
+        """[len(ids) - first, K]: row i is for predicting `ids[first + i]` from the ids before it.
+
+        For policy `prompt` the prompt is `ids[:first]`.
+        """
+        count = len(ids) - first
+        options = self.options
+        if options.policy is Policy.FIXED:
+            return np.repeat(self._fixed()[None], count, axis=0)
+        text, ends = decode_prefixes(self.detokenizer, ids[: first if options.policy is Policy.PROMPT else len(ids)])
+        wanted = [ends[first]] if options.policy is Policy.PROMPT else ends[first : len(ids)]
+        weights = _unit(
+            self.router.prefix_weights(
+                text, wanted, top_k=options.top_k, temperature=options.temperature, distance=options.distance
+            )
+        )
+        return np.repeat(weights, count, axis=0) if options.policy is Policy.PROMPT else weights
+
+    def start(self, ids: Sequence[int]) -> ContextState:
+        """The state of a prompt."""
+        text, running = TextState(), self.router.start()
+        pieces = []
+        for token in ids:
+            text, piece = self.detokenizer.push(text, token)
+            pieces.append(piece)
+        state = ContextState(text, self.router.advance(running, "".join(pieces)))
+        if self.options.policy is Policy.FIXED:
+            return ContextState(state.text, state.running, self._fixed())
+        if self.options.policy is Policy.PROMPT:
+            return ContextState(state.text, state.running, self.weights([state])[0])
+        return state
+
+    def push(self, state: ContextState, token: int) -> ContextState:
+        """The state after one more token."""
+        if state.settled is not None:
+            return state
+        text, piece = self.detokenizer.push(state.text, token)
+        running = self.router.advance(state.running, piece) if piece else state.running
+        return ContextState(text, running)
+
+    def weights(self, states: Sequence[ContextState]) -> Float64:
+        """[N, K]: for the token that comes next in each context."""
+        settled = [state.settled for state in states if state.settled is not None]
+        if len(settled) == len(states):
+            return np.stack(settled)
+        options = self.options
+        return _unit(
+            self.router.running_weights(
+                [state.running for state in states],
+                top_k=options.top_k,
+                temperature=options.temperature,
+                distance=options.distance,
+            )
+        )
+
+    def _fixed(self) -> Float64:
+        weights = np.asarray(self.options.weights, dtype=np.float64)
+        kept: Float64 = keep_top((weights / weights.sum())[None], self.options.top_k)[0]
+        return kept
+
+
+def fixed_weights(given: Mapping[str, float] | Sequence[float], cluster_ids: Sequence[str]) -> tuple[float, ...]:
+    """Weights in the order of `cluster_ids`. A mapping may leave clusters out: they get 0."""
+    if not isinstance(given, Mapping):
+        return tuple(float(w) for w in given)
+    unknown = sorted(set(given) - set(cluster_ids))
+    if unknown:
+        raise InvalidArgument(f"weights: there is no cluster {unknown[0]!r} in this ensemble", field="weights")
+    return tuple(float(given.get(cluster_id, 0.0)) for cluster_id in cluster_ids)
+
+
+def single_router(cluster_id: str) -> CentroidRouter:
+    """For an ensemble of one, such as a dense baseline: everything goes to it."""
+    return CentroidRouter(
+        cluster_ids=[cluster_id],
+        embedding=TermEmbedding([], np.zeros((0, 1), np.float32)),
+        centroids=np.zeros((1, 1), np.float32),
+        prior=np.ones(1, np.float32),
+    )
+
+
+def _unit(weights: Float64) -> Float64:
+    """Rows that sum to 1 in float64 (a stored prior does so in float32)."""
+    unit: Float64 = weights / weights.sum(axis=1, keepdims=True)
+    return unit

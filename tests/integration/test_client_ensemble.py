@@ -1,0 +1,366 @@
+"""The ensemble against brute force: real (tiny) models, every prefix decoded and embedded afresh, full softmaxes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.support.ensembles import brute_force_log_probs, make_parts, random_texts
+from tests.support.models import EOS_TOKEN_ID
+
+pytestmark = pytest.mark.integration
+
+TOP_K = [1, 2, None]
+
+
+def build(parts: Any, **options: Any) -> Any:
+    import torch
+
+    from cbtm._ensemble import Ensemble
+    from cbtm._residency import Placement
+
+    torch.set_num_threads(1)
+    placement = Placement(**{k: v for k, v in options.items() if k in ("max_experts", "max_bytes", "dtype", "device")})
+    return Ensemble._of(parts, placement, top_k=options.get("top_k"), temperature=options.get("temperature"))
+
+
+@pytest.fixture(scope="module", params=["llama", "gpt2"])
+def parts(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return make_parts(tmp_path_factory.mktemp(request.param), experts=4, architecture=request.param)
+
+
+@pytest.fixture(scope="module")
+def model(parts: Any) -> Any:
+    return build(parts)
+
+
+def with_k(model: Any, top_k: int | None) -> Any:
+    return model.with_routing(top_k="all" if top_k is None else top_k)
+
+
+def greedy_by_brute_force(model: Any, prompt: str, *, top_k: int | None, tokens: int) -> list[int]:
+    ids = [EOS_TOKEN_ID, *model.encode(prompt)]
+    added: list[int] = []
+    while len(added) < tokens and len(ids) < model.pool.context:
+        token = int(brute_force_log_probs(model, ids, top_k=top_k).argmax())
+        if token == EOS_TOKEN_ID:
+            break
+        added.append(token)
+        ids.append(token)
+    return added
+
+
+@pytest.mark.parametrize("top_k", TOP_K)
+def test_log_probs_are_those_of_a_plain_loop_over_full_softmaxes(model: Any, top_k: int | None) -> None:
+    rng = np.random.default_rng(1)
+    rows = [[EOS_TOKEN_ID, *model.encode(text)][:20] for text in random_texts(3, seed=5, words=(9, 12))]
+    rows.append([EOS_TOKEN_ID, *rng.integers(1, 300, size=19).tolist()])
+    width = min(map(len, rows))
+    found = with_k(model, top_k).log_probs([row[:width] for row in rows]).numpy()
+    for b, row in enumerate(rows):
+        for t in range(width):
+            np.testing.assert_allclose(found[b, t], brute_force_log_probs(model, row[: t + 1], top_k=top_k), atol=1e-5)
+
+
+@pytest.mark.parametrize("top_k", TOP_K)
+def test_scores_are_those_of_a_plain_loop(model: Any, top_k: int | None) -> None:
+    texts = random_texts(6, seed=7)
+    for text, score in zip(texts, with_k(model, top_k).score(texts), strict=True):
+        ids = [EOS_TOKEN_ID, *model.encode(text)][:32]
+        expected = [brute_force_log_probs(model, ids[:t], top_k=top_k)[ids[t]] for t in range(1, len(ids))]
+        np.testing.assert_allclose(score.token_log_probs[: len(expected)], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("top_k", TOP_K)
+def test_greedy_generation_equals_brute_force_step_by_step(model: Any, top_k: int | None) -> None:
+    prompts = random_texts(12, seed=11, words=(1, 4))
+    found = with_k(model, top_k).generate(prompts, max_new_tokens=8)
+    for prompt, generation in zip(prompts, found, strict=True):
+        assert list(generation.token_ids) == greedy_by_brute_force(model, prompt, top_k=top_k, tokens=8)
+
+
+def test_generation_in_a_batch_equals_one_by_one_until_the_context_is_full(model: Any) -> None:
+    prompts = random_texts(5, seed=13, words=(1, 6))
+    together = model.generate(prompts, max_new_tokens=60)
+    assert together == [model.generate(prompt, max_new_tokens=60) for prompt in prompts]
+    assert {generation.finish_reason for generation in together} <= {"end", "context", "length"}
+
+
+def test_scoring_in_a_batch_equals_one_by_one(model: Any) -> None:
+    texts = random_texts(6, seed=17, words=(1, 30))
+    together = model.score(texts)
+    for text, score in zip(texts, together, strict=True):
+        np.testing.assert_allclose(score.token_log_probs, model.score(text).token_log_probs, atol=1e-5)
+
+
+def test_prompts_give_the_same_scores_as_the_rest_of_a_joined_text(model: Any) -> None:
+    prompt, text = "river stone", " window garden"
+    score = model.score(text, prompts=prompt)
+    ids = [EOS_TOKEN_ID, *model.encode(prompt), *model.encode(text)]
+    expected = [
+        brute_force_log_probs(model, ids[:t], top_k=2)[ids[t]] for t in range(len(ids) - len(score.token_ids), len(ids))
+    ]
+    np.testing.assert_allclose(score.token_log_probs, expected, atol=1e-5)
+
+
+def test_long_texts_are_scored_in_strided_windows_that_see_the_whole_routing_context(model: Any) -> None:
+    text = " ".join(random_texts(6, seed=19, words=(9, 12)))
+    ids = [EOS_TOKEN_ID, *model.encode(text)]
+    assert len(ids) > 80
+    one = with_k(model, 1)
+    found = one.perplexity(text, window=32, stride=16)
+    weights = one.context_router.positions(ids, 1)
+    for t in (1, 31, 32, 33, 48, 49, 64, 79):
+        start = 0 if t <= 32 else (t - 32 + 15) // 16 * 16
+        row = weights[t - 1]
+        expert = int(row.argmax())
+        import torch
+
+        logits = one.pool.get(expert)(input_ids=torch.tensor([ids[start:t]])).logits[0, -1]
+        expected = float(torch.log_softmax(logits, dim=-1)[ids[t]])
+        assert found.texts[0].token_log_probs[t - 1] == pytest.approx(expected, abs=1e-5)
+
+
+def test_evicting_and_reloading_experts_changes_nothing(parts: Any, model: Any) -> None:
+    texts, prompts = random_texts(4, seed=23), random_texts(3, seed=29, words=(1, 5))
+    tight = build(parts, max_experts=1)
+    assert tight.generate(prompts, max_new_tokens=10) == model.generate(prompts, max_new_tokens=10)
+    for a, b in zip(tight.score(texts), model.score(texts), strict=True):
+        np.testing.assert_allclose(a.token_log_probs, b.token_log_probs, atol=1e-6)
+    assert len(tight.pool.resident) == 1
+    assert tight.pool.loads > 4
+
+
+def test_a_byte_budget_holds_as_many_experts_as_fit(parts: Any) -> None:
+    whole = build(parts)
+    whole.log_probs([[EOS_TOKEN_ID, 5, 6]])
+    size = sum(p.numel() * p.element_size() for p in whole.pool.get(0).parameters())
+    tight = build(parts, max_bytes=2 * size + size // 2, top_k="all")
+    tight.log_probs([[EOS_TOKEN_ID, 5, 6]])
+    assert len(tight.pool.resident) == 2
+
+
+def test_only_experts_that_some_token_needs_are_loaded(parts: Any) -> None:
+    model = build(parts, top_k=1)
+    text = "river"
+    weights = model.context_router.positions([EOS_TOKEN_ID, *model.encode(text)], 1)
+    model.score(text)
+    assert set(model.pool.resident) == set(np.flatnonzero(weights.any(axis=0)).tolist())
+    assert len(model.pool.resident) < 4
+
+
+def test_a_saved_ensemble_gives_the_same_numbers_from_its_folder_alone(model: Any, tmp_path: Path) -> None:
+    from cbtm import Ensemble
+
+    texts = random_texts(3, seed=31)
+    model.save(tmp_path / "saved")
+    again = Ensemble.load(tmp_path / "saved")
+    assert again.routing == model.routing
+    assert again.clusters == model.clusters
+    assert again.route(texts) == model.route(texts)
+    assert again.generate(texts, max_new_tokens=6) == model.generate(texts, max_new_tokens=6)
+    assert again.perplexity(texts) == model.perplexity(texts)
+
+
+def test_every_expert_of_a_saved_ensemble_loads_alone(model: Any, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model.save(tmp_path / "saved")
+    for place in ["experts/0000", "experts/0003", "seed"]:
+        AutoModelForCausalLM.from_pretrained(tmp_path / "saved" / place)
+    assert AutoTokenizer.from_pretrained(tmp_path / "saved").get_vocab() == model.tokenizer.get_vocab()
+
+
+def test_clusters_without_an_expert_give_their_weight_to_the_others(tmp_path: Path) -> None:
+    model = build(make_parts(tmp_path, experts=4, missing=[1]))
+    assert model.missing_clusters == ("run_x-c0001",)
+    assert [c.index for c in model.clusters] == [0, 2, 3]
+    full = model.parts.router.weights(["river stone"], temperature=0.3)[0]
+    by_id = dict(zip(model.parts.router.cluster_ids, full.tolist(), strict=True))
+    routing = model.with_routing(top_k="all").route("river stone")
+    total = sum(by_id[c.id] for c in model.clusters)
+    for weight in routing.weights:
+        assert weight.weight == pytest.approx(by_id[weight.cluster_id] / total)
+    ids = [EOS_TOKEN_ID, *model.encode("river stone")]
+    found = model.log_probs([ids]).numpy()[0, -1]
+    np.testing.assert_allclose(found, brute_force_log_probs(model, ids, top_k=2), atol=1e-5)
+    assert model.perplexity("river").missing_clusters == model.missing_clusters
+
+
+def test_prompt_and_fixed_routing_keep_their_weights_while_the_text_grows(model: Any) -> None:
+    from cbtm._decoder import MixtureDecoder
+
+    ids = [EOS_TOKEN_ID, *model.encode("river stone")]
+    for view, expected in [
+        (model.with_routing(policy="prompt"), model.context_router.positions([*ids, 0], len(ids))[0]),
+        (model.with_routing(weights={"run_x-c0002": 3.0, "run_x-c0000": 1.0}), np.array([0.25, 0, 0.75, 0])),
+    ]:
+        decoder = MixtureDecoder(view.pool, view.context_router, [ids])
+        for token in model.encode(" theorem matrix kernel"):
+            np.testing.assert_allclose(decoder.weights[0], expected, atol=1e-9)
+            decoder.push([token])
+
+
+def test_rows_that_branch_go_on_as_if_each_had_been_alone(model: Any) -> None:
+    from cbtm._decoder import MixtureDecoder
+
+    contexts = [[EOS_TOKEN_ID, *model.encode(text)] for text in ("river stone", "theorem")]
+    decoder = MixtureDecoder(model.pool, model.context_router, contexts)
+    decoder.log_probs()
+    decoder.push([7, 8])
+    decoder.log_probs()
+    decoder.reorder([1, 0, 0])
+    decoder.push([9, 10, 11])
+    found = decoder.log_probs().numpy()
+    expected = [[*contexts[1], 8, 9], [*contexts[0], 7, 10], [*contexts[0], 7, 11]]
+    assert [list(ids) for ids in decoder.contexts] == expected
+    for row, ids in enumerate(expected):
+        np.testing.assert_allclose(found[row], brute_force_log_probs(model, ids, top_k=2), atol=1e-5)
+
+
+def test_sampling_repeats_with_its_seed_and_stays_within_its_bounds(model: Any) -> None:
+    prompts = random_texts(2, seed=37, words=(1, 3))
+    options = {"max_new_tokens": 12, "temperature": 1.0}
+    assert model.generate(prompts, **options, seed=3) == model.generate(prompts, **options, seed=3)
+    assert model.generate(prompts, **options, seed=3) != model.generate(prompts, **options, seed=4)
+    greedy = model.generate(prompts, max_new_tokens=12)
+    assert model.generate(prompts, **options, top_k_tokens=1) == greedy
+    assert model.generate(prompts, **options, top_p=1e-6) == greedy
+
+
+def test_a_text_ends_before_its_stop_string_and_is_told_as_it_comes(model: Any) -> None:
+    plain = model.generate("river", max_new_tokens=12)
+    stop = plain.completion[3:5]
+    pieces: list[str] = []
+    stopped = model.generate("river", max_new_tokens=12, stop=stop, on_text=lambda _, piece: pieces.append(piece))
+    assert stopped.finish_reason == "stop"
+    assert stopped.completion == plain.completion[: plain.completion.index(stop)]
+    assert "".join(pieces).startswith(stopped.completion)
+
+
+def test_an_evaluation_agrees_with_scoring_each_mixture(model: Any) -> None:
+    from cbtm import evaluate
+
+    texts = random_texts(10, seed=41)
+    found = evaluate(model, texts, top_k=[1, 2])
+    for name, top_k in [("top1", 1), ("top2", 2), ("all", None)]:
+        assert found.perplexity[name] == pytest.approx(with_k(model, top_k).perplexity(texts).perplexity, rel=1e-5)
+    assert set(found.perplexity) == {"seed", "expert", "top1", "top2", "all"}
+    share = model.perplexity(texts).expert_share
+    assert found.expert_share == pytest.approx(share)
+    assert sum(c.documents for c in found.clusters) == len(texts)
+    for cluster in found.clusters:
+        own = [
+            t
+            for t in texts
+            if model.parts.router.cluster_ids[int(model.parts.router.assign([t])[0])] == cluster.cluster_id
+        ]
+        alone = model.with_routing(weights={cluster.cluster_id: 1.0}).perplexity(own)
+        assert cluster.perplexity["expert"] == pytest.approx(alone.perplexity, rel=1e-5)
+    assert found.to_dict()["perplexity"]["top2"] == found.perplexity["top2"]
+
+
+class TestMistakes:
+    def test_more_experts_than_there_are(self, parts: Any) -> None:
+        from cbtm import InvalidArgument
+
+        with pytest.raises(InvalidArgument, match="top_k: 5 is not between 1 and 4"):
+            build(parts, top_k=5)
+
+    def test_an_empty_prompt(self, model: Any) -> None:
+        from cbtm import InvalidArgument
+
+        with pytest.raises(InvalidArgument, match="prompt: number 2 is empty"):
+            model.generate(["river", ""])
+
+    def test_a_prompt_longer_than_the_context(self, model: Any) -> None:
+        from cbtm import InvalidArgument
+
+        with pytest.raises(InvalidArgument, match="the experts' context holds 63"):
+            model.generate("river stone " * 40)
+
+    def test_a_device_that_does_not_exist(self, parts: Any) -> None:
+        from cbtm import InvalidArgument
+
+        for name in ("cuda:99", "abacus"):
+            with pytest.raises(InvalidArgument, match=f"device: '{name}'"):
+                build(parts, device=name)
+
+    def test_experts_of_two_vocabularies(self, tmp_path: Path) -> None:
+        from cbtm import InvalidArgument
+        from tests.support.models import make_tiny_model
+
+        parts = make_parts(tmp_path, experts=2)
+        make_tiny_model(tmp_path / "model1", vocab_size=310, hidden_size=16)
+        with pytest.raises(InvalidArgument, match="expert 1 and expert 0 do not fit together: vocab_size"):
+            build(parts)
+
+    def test_experts_of_two_architectures(self, tmp_path: Path) -> None:
+        from cbtm import InvalidArgument
+        from tests.support.models import make_tiny_model
+
+        parts = make_parts(tmp_path, experts=2)
+        make_tiny_model(tmp_path / "model1", architecture="gpt2", vocab_size=300, hidden_size=16)
+        with pytest.raises(InvalidArgument, match="model_type is 'gpt2' in one and 'llama' in the other"):
+            build(parts)
+
+    def test_a_tokenizer_with_more_ids_than_the_experts_know(self, tmp_path: Path) -> None:
+        from cbtm import InvalidArgument
+        from tests.support.ensembles import WORDS
+        from tests.support.models import make_tiny_tokenizer
+
+        parts = make_parts(tmp_path, experts=2)
+        make_tiny_tokenizer(tmp_path / "tokenizer", [" ".join(WORDS)] * 3, vocab_size=400)
+        with pytest.raises(InvalidArgument, match="tokenizer: it has .* ids and the experts know 300"):
+            build(parts)
+
+    def test_a_damaged_and_a_missing_expert_file(self, model: Any, tmp_path: Path) -> None:
+        from cbtm import Ensemble, IntegrityError
+
+        model.save(tmp_path / "saved")
+        weights = tmp_path / "saved/experts/0001/model.safetensors"
+        data = bytearray(weights.read_bytes())
+        data[-1] ^= 1
+        weights.write_bytes(data)
+        with pytest.raises(IntegrityError, match=r"expert 1: .*model.safetensors is damaged"):
+            Ensemble.load(tmp_path / "saved", top_k="all").score("river")
+        weights.unlink()
+        with pytest.raises(IntegrityError, match=r"expert 1: .*model.safetensors is missing"):
+            Ensemble.load(tmp_path / "saved", top_k="all").score("river")
+
+    def test_truncated_weights_in_a_plain_folder(self, tmp_path: Path) -> None:
+        from cbtm import IntegrityError
+
+        parts = make_parts(tmp_path, experts=2)
+        weights = tmp_path / "model0/model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-100])
+        with pytest.raises(IntegrityError, match="expert 0: .* cannot be"):
+            build(parts, top_k="all").score("river")
+
+    def test_an_expert_over_the_byte_budget(self, parts: Any) -> None:
+        from cbtm import ResourceExhausted
+
+        with pytest.raises(ResourceExhausted, match="max_bytes: expert . takes"):
+            build(parts, max_bytes=1000).score("river")
+
+    def test_nothing_to_score(self, model: Any) -> None:
+        from cbtm import InvalidArgument
+
+        assert model.score("").log_prob == 0
+        with pytest.raises(InvalidArgument, match="texts: they hold no token"):
+            model.perplexity([""])
+
+    def test_saving_over_something_else(self, model: Any, tmp_path: Path) -> None:
+        from cbtm import AlreadyExists
+
+        (tmp_path / "notes.txt").write_text("mine")
+        for overwrite in (False, True):
+            with pytest.raises(AlreadyExists):
+                model.save(tmp_path, overwrite=overwrite)
+        assert (tmp_path / "notes.txt").read_text() == "mine"
+        model.save(tmp_path / "saved")
+        model.save(tmp_path / "saved", overwrite=True)
+        assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []

@@ -1,0 +1,1 @@
+"""The volunteer's worker: leases a task, trains it, hands it in."""

@@ -1,0 +1,124 @@
+"""`cbtm-worker`: the volunteer's command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cbtm_common.cli import run_app
+
+if TYPE_CHECKING:
+    from cbtm_worker.config import WorkerConfig
+
+app = typer.Typer(
+    name="cbtm-worker",
+    help="Gives a machine's computing time to a training run.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Coordinator = Annotated[str, typer.Option(envvar="CBTM_COORDINATOR", help="HOST:PORT of the coordinator.")]
+Token = Annotated[
+    str | None, typer.Option(envvar="CBTM_TOKEN", help="Join token; needed the first time from this machine.")
+]
+CacheDir = Annotated[
+    Path | None, typer.Option(envvar="CBTM_CACHE_DIR", help="Folder for data and checkpoints [default: user's cache].")
+]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda:0, … [default: a GPU if there is one].")]
+
+
+@app.command()
+def join(
+    coordinator: Coordinator,
+    token: Token = None,
+    device: Device = None,
+    cache_dir: CacheDir = None,
+    name: Annotated[str, typer.Option(help="Name shown to the owner [default: this host's].")] = "",
+    run: Annotated[str, typer.Option(help="Only work on this run.")] = "",
+    max_tasks: Annotated[int | None, typer.Option(help="Leave after so many finished tasks.", min=1)] = None,
+    until_idle: Annotated[bool, typer.Option("--until-idle", help="Leave when no work is left.")] = False,
+    micro_batch: Annotated[int | None, typer.Option(help="Sequences in one pass at most.", min=1)] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads of torch.", min=1)] = None,
+    compile_model: Annotated[bool, typer.Option("--compile", help="torch.compile the model (CUDA).")] = False,
+    log_level: Annotated[str, typer.Option(help="debug, info, warning.")] = "warning",
+) -> None:
+    """Join a run: take tasks, train them, hand them in.
+
+    The first Ctrl-C saves a checkpoint, hands it in and leaves, so that nothing is lost; the second leaves at once.
+    """
+    import logging
+    from dataclasses import replace
+
+    from cbtm_worker.display import Display
+    from cbtm_worker.loop import join as work
+    from cbtm_worker.signals import StopSignal
+
+    logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    config = _config(coordinator, token, device, cache_dir, name)
+    config = replace(
+        config,
+        run=run,
+        max_tasks=max_tasks,
+        until_idle=until_idle,
+        micro_batch=micro_batch,
+        threads=threads,
+        compile=compile_model,
+    )
+    with Display() as display:
+        stop = StopSignal(lambda: display.say("stopping after this step; press Ctrl-C again to leave at once"))
+        stop.install()
+        work(config, stop.requested, display)
+
+
+@app.command()
+def check(
+    coordinator: Coordinator,
+    token: Token = None,
+    device: Device = None,
+    cache_dir: CacheDir = None,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON instead of lines.")] = False,
+) -> None:
+    """Tell whether this machine can take part, and what to mend. Exit code 1 when it cannot."""
+    from cbtm_common.cli import show_json
+    from cbtm_worker.check import Finding
+    from cbtm_worker.check import check as examine
+
+    config = _config(coordinator, token, device, cache_dir, "")
+    config.cache_dir.mkdir(parents=True, exist_ok=True)
+    findings: list[Finding] = []
+
+    def tell(finding: Finding) -> None:
+        findings.append(finding)
+        if not as_json:
+            mark = {True: "✓", None: "·", False: "✗"}[finding.ok]
+            typer.echo(f"{mark} {finding.name}: {finding.detail}")
+            if finding.remedy:
+                typer.echo(f"    {finding.remedy}")
+
+    fit = examine(config, tell)
+    if as_json:
+        show_json({"fit": fit, "findings": [vars(f) for f in findings]})
+    raise typer.Exit(0 if fit else 1)
+
+
+def _config(coordinator: str, token: str | None, device: str | None, cache_dir: Path | None, name: str):  # type: ignore[no-untyped-def]
+    import socket
+
+    from cbtm_common.rpc import host_of
+    from cbtm_worker import config as settings
+
+    host_of(coordinator)
+    return settings.WorkerConfig(
+        coordinator=coordinator,
+        token=token,
+        cache_dir=cache_dir or settings.default_cache_dir(),
+        device=device,
+        name=name or socket.gethostname(),
+    )
+
+
+def main() -> None:
+    run_app(app, name="cbtm-worker")

@@ -1,0 +1,60 @@
+"""What this machine has, as the coordinator is told."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+from pathlib import Path
+
+from cbtm_api.v1 import resources_pb2 as pb
+from cbtm_common.errors import InvalidArgument
+
+
+def choose_device(asked: str | None) -> str:
+    """The torch device to train on. Raises InvalidArgument when the one asked for is not there."""
+    import torch
+
+    if asked is None:
+        if torch.cuda.is_available():
+            return "cuda:0"
+        return "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(asked)
+    except RuntimeError as error:
+        raise InvalidArgument(
+            f"device: {asked!r} is not a device; use cpu, cuda:0, cuda:1, …", field="device"
+        ) from error
+    if device.type == "cuda":
+        count = torch.cuda.device_count()
+        if (device.index or 0) >= count:
+            found = ", ".join(f"cuda:{i}" for i in range(count)) or "no CUDA device; use --device cpu"
+            raise InvalidArgument(f"device: there is no {asked}; found: {found}", field="device")
+    elif device.type == "mps" and not torch.backends.mps.is_available():
+        raise InvalidArgument("device: there is no mps here; use --device cpu", field="device")
+    return asked
+
+
+def describe(device: str, cache_dir: Path) -> pb.Hardware:
+    """`device` must exist."""
+    import psutil
+    import torch
+
+    hardware = pb.Hardware(
+        device_type=torch.device(device).type,
+        cpu_count=os.cpu_count() or 1,
+        memory_bytes=psutil.virtual_memory().total,
+        free_disk_bytes=shutil.disk_usage(cache_dir).free,
+        platform=platform.platform()[:100],
+        torch_version=torch.__version__,
+    )
+    if hardware.device_type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        hardware.device_name = properties.name
+        hardware.device_memory_bytes = properties.total_memory
+        hardware.device_count = torch.cuda.device_count()
+    else:
+        hardware.device_name = platform.processor() or platform.machine()
+        hardware.device_memory_bytes = psutil.virtual_memory().available
+        hardware.device_count = 1
+    return hardware

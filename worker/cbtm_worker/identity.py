@@ -1,0 +1,73 @@
+"""Who this worker is to a coordinator: an id and a credential, kept in the cache folder, readable by its owner alone.
+
+One process uses one identity at a time, guarded by a file lock; a second process on the same machine takes the next
+free slot, so that the same join line can be started once for each GPU.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from cbtm_common.errors import ResourceExhausted
+
+_MAX_SLOTS = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Identity:
+    worker_id: str
+    credential: str
+
+
+class Slot:
+    """A folder of one worker process: its identity, lease and checkpoints. Held until `release`."""
+
+    def __init__(self, directory: Path, lock: FileLock) -> None:
+        self.directory = directory
+        self._lock = lock
+
+    @property
+    def tasks(self) -> Path:
+        """Local checkpoints, by task."""
+        return self.directory / "tasks"
+
+    def load(self) -> Identity | None:
+        try:
+            return Identity(**json.loads((self.directory / "identity.json").read_text("utf-8")))
+        except FileNotFoundError:
+            return None
+
+    def save(self, identity: Identity) -> None:
+        """Written whole or not at all, mode 0600."""
+        temporary = self.directory / "identity.json.tmp"
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        with os.fdopen(descriptor, "w") as file:
+            json.dump(asdict(identity), file)
+        os.replace(temporary, self.directory / "identity.json")
+
+    def forget(self) -> None:
+        (self.directory / "identity.json").unlink(missing_ok=True)
+
+    def release(self) -> None:
+        self._lock.release()
+
+
+def take_slot(cache_dir: Path, coordinator: str) -> Slot:
+    """The first slot for `coordinator` that no other process holds. Raises ResourceExhausted when all are taken."""
+    address = hashlib.sha256(coordinator.encode()).hexdigest()[:12]
+    for number in range(_MAX_SLOTS):
+        directory = cache_dir / "workers" / f"{address}-{number}"
+        directory.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(directory / "lock")
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            continue
+        return Slot(directory, lock)
+    raise ResourceExhausted(f"{_MAX_SLOTS} workers run from {cache_dir} already; use another --cache-dir")

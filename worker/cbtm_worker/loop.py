@@ -1,0 +1,215 @@
+"""The worker's life: sign in, take a task, train it, give it back, take the next."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import threading
+from base64 import b64decode, b64encode
+from pathlib import Path
+
+from cbtm_api.v1 import resources_pb2 as pb
+from cbtm_api.v1 import worker_service_pb2 as ws
+from cbtm_common.cache import ContentCache
+from cbtm_common.errors import (
+    RETRYABLE,
+    CbtmError,
+    LeaseLost,
+    NotFound,
+    PermissionDenied,
+    ResourceExhausted,
+    Unauthenticated,
+)
+from cbtm_common.faults import point
+from cbtm_common.protos import from_duration
+from cbtm_common.rpc import Connection, connect
+from cbtm_common.transfer import Transfer
+from cbtm_worker.config import WorkerConfig
+from cbtm_worker.display import Display
+from cbtm_worker.hardware import choose_device, describe
+from cbtm_worker.heartbeat import Heartbeat
+from cbtm_worker.identity import Slot, take_slot
+from cbtm_worker.session import Held, Session
+from cbtm_worker.task import Outcome, TaskContext, TaskRunner
+from cbtm_worker.uploader import describe_error
+
+_log = logging.getLogger(__name__)
+_FULL_DISK_WAIT = 60.0
+_OUTAGE_WAIT = 5.0
+
+
+def join(config: WorkerConfig, stop: threading.Event, display: Display) -> int:
+    """Works until told to stop, idle (with `until_idle`) or done (`max_tasks`); the number of finished tasks."""
+    device = choose_device(config.device)
+    if config.threads is not None:
+        import torch
+
+        torch.set_num_threads(config.threads)
+    config.cache_dir.mkdir(parents=True, exist_ok=True)
+    slot = take_slot(config.cache_dir, config.coordinator)
+    try:
+        with (
+            connect(config.coordinator) as connection,
+            Transfer(base_url=lambda: connection.http_base) as transfer,
+        ):
+            return _Worker(config, stop, display, slot, connection, transfer, device).run()
+    finally:
+        slot.release()
+
+
+class _Worker:
+    def __init__(
+        self,
+        config: WorkerConfig,
+        stop: threading.Event,
+        display: Display,
+        slot: Slot,
+        connection: Connection,
+        transfer: Transfer,
+        device: str,
+    ) -> None:
+        self._config = config
+        self._stop = stop
+        self._display = display
+        self._slot = slot
+        self._session = Session(connection)
+        self._context = TaskContext(
+            session=self._session,
+            config=config,
+            device=device,
+            cache=ContentCache(config.cache_dir / "files", max_bytes=config.max_cache_bytes),
+            transfer=transfer,
+            tasks_dir=slot.tasks,
+            display=display,
+            stop=stop,
+        )
+        self._finished = 0
+
+    def run(self) -> int:
+        hardware = describe(self._context.device, self._config.cache_dir)
+        identity = self._session.sign_in(
+            self._slot, token=self._config.token, name=self._config.name, hardware=hardware
+        )
+        self._display.say(f"joined {self._config.coordinator} as {self._config.name} ({identity.worker_id})")
+        self._display.say(f"training on {self._context.device} ({hardware.device_name})")
+        said = ""
+        while not self._stop.is_set() and self._finished != self._config.max_tasks:
+            try:
+                answer = self._unfinished() or self._session.acquire(self._hardware(), self._config.run)
+            except RETRYABLE as error:
+                said = self._say_once(f"the coordinator cannot be reached: {error.message}; trying again", said)
+                self._stop.wait(_OUTAGE_WAIT)
+                continue
+            except (Unauthenticated, PermissionDenied) as error:
+                # With a new token this slot may join again.
+                if isinstance(error, Unauthenticated):
+                    self._slot.forget()
+                raise
+            if answer.HasField("lease"):
+                said = ""
+                self._work(answer)
+            elif answer.idle and self._config.until_idle:
+                self._display.say(f"leaving: {answer.reason}")
+                break
+            else:
+                said = self._say_once(f"waiting for work: {answer.reason}", said)
+                self._stop.wait(from_duration(answer.retry_after).total_seconds())
+        self._display.say(f"left with {self._finished} task(s) finished; thank you")
+        return self._finished
+
+    def _say_once(self, message: str, said: str) -> str:
+        if message != said:
+            self._display.say(message)
+        return message
+
+    def _hardware(self) -> pb.Hardware:
+        return describe(self._context.device, self._config.cache_dir)
+
+    # The lease in hand, kept on disk so that a process that died goes on with it
+
+    @property
+    def _lease_path(self) -> Path:
+        return self._slot.directory / "lease"
+
+    def _unfinished(self) -> ws.AcquireLeaseResponse | None:
+        """The lease that a former process of this slot held, if it still holds."""
+        try:
+            answer = ws.AcquireLeaseResponse.FromString(b64decode(self._lease_path.read_bytes()))
+        except FileNotFoundError:
+            return None
+        held = Held(lease_id=answer.lease.id, epoch=answer.lease.epoch)
+        try:
+            self._session.renew(held, pb.Progress(step=answer.spec.task.committed_step, phase="download"))
+        except (LeaseLost, NotFound, PermissionDenied) as error:
+            _log.info("the lease of the former process is over: %s", error.message)
+            self._lease_path.unlink()
+            return None
+        self._display.say("going on with the task of the former process")
+        return answer
+
+    def _keep(self, answer: ws.AcquireLeaseResponse) -> None:
+        temporary = self._lease_path.with_suffix(".tmp")
+        temporary.write_bytes(b64encode(answer.SerializeToString()))
+        temporary.replace(self._lease_path)
+
+    # One task
+
+    def _work(self, answer: ws.AcquireLeaseResponse) -> None:
+        held = Held(lease_id=answer.lease.id, epoch=answer.lease.epoch)
+        self._keep(answer)
+        point("worker.acquire.after")
+        task = answer.spec.task
+        what = "the seed" if task.kind == pb.TASK_KIND_SEED else f"cluster {task.cluster_index}"
+        begin = f"from step {task.committed_step:,}" if task.committed_step else "from the start"
+        self._display.say(f"took {what} of {answer.spec.run.name}, {begin}")
+        heartbeat = Heartbeat(self._session, held, answer.spec.policy, committed_step=task.committed_step)
+        heartbeat.start()
+        folder = self._slot.tasks / task.id
+        try:
+            outcome = TaskRunner(self._context, held, answer.spec, heartbeat).run()
+        except LeaseLost as error:
+            self._display.say(f"dropped {what}: {error.message}")
+            self._lease_path.unlink(missing_ok=True)
+            return
+        except Exception as error:  # noqa: BLE001  # whatever happens to one task, the next may go well
+            self._give_up(held, what, error)
+            return
+        finally:
+            heartbeat.close()
+        point("worker.release.before")
+        if outcome is Outcome.FINISHED:
+            self._release(held, ws.RELEASE_REASON_FINISHED, "")
+            self._finished += 1
+            shutil.rmtree(folder, ignore_errors=True)
+            self._display.say(f"finished {what} of {answer.spec.run.name}")
+        else:
+            reason = heartbeat.stop_reason or "the volunteer stopped the worker"
+            self._release(held, ws.RELEASE_REASON_PREEMPTED, reason)
+            self._display.say(f"saved and gave back {what}; somebody else can go on with it")
+        point("worker.release.after")
+
+    def _give_up(self, held: Held, what: str, error: Exception) -> None:
+        """Gives a task back that cannot go on here, saying why."""
+        from cbtm_worker.train import OutOfDeviceMemory
+
+        reason = describe_error(error)
+        _log.debug("the task failed", exc_info=error)
+        self._display.say(f"cannot go on with {what}: {reason}")
+        if isinstance(error, OutOfDeviceMemory):
+            self._release(held, ws.RELEASE_REASON_UNFIT, reason)
+        elif isinstance(error, ResourceExhausted):
+            self._release(held, ws.RELEASE_REASON_PREEMPTED, reason)
+            self._display.say(f"free some disk space under {self._config.cache_dir}; looking again in a minute")
+            self._stop.wait(_FULL_DISK_WAIT)
+        elif isinstance(error, PermissionDenied | Unauthenticated):
+            raise error
+        else:
+            self._release(held, ws.RELEASE_REASON_FAILED, reason)
+
+    def _release(self, held: Held, reason: ws.ReleaseReason.ValueType, detail: str) -> None:
+        """Tells the coordinator; if it cannot be told, the lease ends by itself."""
+        try:
+            self._session.release(held, reason, detail)
+        except CbtmError as error:
+            self._display.say(f"the lease could not be given back ({error.message}); it ends by itself")
+        self._lease_path.unlink(missing_ok=True)

@@ -1,0 +1,118 @@
+"""The worker's side of WorkerService: registers, and names lease, epoch and request_id in every call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+
+from cbtm_api.v1 import resources_pb2 as pb
+from cbtm_api.v1 import worker_service_pb2 as ws
+from cbtm_common.errors import Unauthenticated
+from cbtm_common.faults import point
+from cbtm_common.files import FileSpec
+from cbtm_common.ids import new_request_id
+from cbtm_common.protos import JsonValue, struct
+from cbtm_common.rpc import Connection
+from cbtm_worker.identity import Identity, Slot
+
+# A check of a large checkpoint takes the coordinator seconds before it answers "ask again".
+_COMMIT_TIMEOUT = 60.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Held:
+    """A lease that this worker holds."""
+
+    lease_id: str
+    epoch: int
+
+
+class Session:
+    """Calls as one registered worker."""
+
+    def __init__(self, connection: Connection) -> None:
+        self.connection = connection
+
+    def sign_in(self, slot: Slot, *, token: str | None, name: str, hardware: pb.Hardware) -> Identity:
+        """The identity in `slot`, or a new one for the join token. Raises Unauthenticated when there is neither."""
+        identity = slot.load()
+        if identity is None:
+            if not token:
+                raise Unauthenticated("token: pass --token (or CBTM_TOKEN) to join for the first time")
+            self.connection.credential = token
+            request = ws.RegisterRequest(
+                request_id=new_request_id(), name=name, hardware=hardware, version=version("cbtm")
+            )
+            answer = self.connection.worker.Register(request)
+            point("worker.register.after")
+            identity = Identity(worker_id=answer.worker.id, credential=answer.credential)
+            slot.save(identity)
+        self.connection.credential = identity.credential
+        return identity
+
+    def acquire(self, hardware: pb.Hardware, run: str) -> ws.AcquireLeaseResponse:
+        return self.connection.worker.AcquireLease(
+            ws.AcquireLeaseRequest(request_id=new_request_id(), hardware=hardware, run=run)
+        )
+
+    def renew(self, held: Held, progress: pb.Progress) -> ws.RenewLeaseResponse:
+        return self.connection.worker.RenewLease(
+            ws.RenewLeaseRequest(
+                request_id=new_request_id(), lease_id=held.lease_id, epoch=held.epoch, progress=progress
+            )
+        )
+
+    def shards(self, held: Held) -> list[FileSpec]:
+        """All training shards of the task, in training order."""
+        found: list[FileSpec] = []
+        page = ""
+        while True:
+            answer = self.connection.worker.ListTaskShards(
+                ws.ListTaskShardsRequest(lease_id=held.lease_id, epoch=held.epoch, page_size=500, page_token=page)
+            )
+            found += [FileSpec.from_proto(shard.file) for shard in answer.shards]
+            page = answer.next_page_token
+            if not page:
+                return found
+
+    def downloads(self, held: Held, keys: list[str]) -> Sequence[pb.Download]:
+        return self.connection.worker.PrepareDownload(
+            ws.PrepareDownloadRequest(lease_id=held.lease_id, epoch=held.epoch, keys=keys)
+        ).downloads
+
+    def prepare_upload(self, held: Held, step: int, files: Sequence[FileSpec]) -> ws.PrepareUploadResponse:
+        return self.connection.worker.PrepareUpload(
+            ws.PrepareUploadRequest(
+                request_id=new_request_id(),
+                lease_id=held.lease_id,
+                epoch=held.epoch,
+                step=step,
+                files=[f.to_proto() for f in files],
+            )
+        )
+
+    def commit(
+        self, held: Held, checkpoint_id: str, metrics: dict[str, JsonValue], request_id: str
+    ) -> ws.CommitCheckpointResponse:
+        return self.connection.worker.CommitCheckpoint(
+            ws.CommitCheckpointRequest(
+                request_id=request_id,
+                lease_id=held.lease_id,
+                epoch=held.epoch,
+                checkpoint_id=checkpoint_id,
+                metrics=struct(metrics),
+            ),
+            timeout=_COMMIT_TIMEOUT,
+        )
+
+    def release(self, held: Held, reason: ws.ReleaseReason.ValueType, detail: str) -> ws.ReleaseLeaseResponse:
+        return self.connection.worker.ReleaseLease(
+            ws.ReleaseLeaseRequest(
+                request_id=new_request_id(),
+                lease_id=held.lease_id,
+                epoch=held.epoch,
+                release_reason=reason,
+                detail=detail[:2000],
+            )
+        )

@@ -1,0 +1,371 @@
+"""Trains one task, step by step.
+
+Loss is the mean cross-entropy over all tokens of the global batch; the gradient is accumulated over micro-batches,
+clipped by its global norm, and applied by AdamW at the schedule's rate. Weights, gradients and optimizer state are
+float32; with `precision = "bf16"` the forward pass runs under bf16 autocast on a CUDA device that computes in bf16, and
+in float32 anywhere else, CPUs included.
+
+On CUDA every operation is asked for its deterministic form; a model with one that has none trains all the same, with
+a warning. There, the host runs at most one step ahead of the device: it waits for the step before last, never for the
+last, so that the device always has work queued. Not covered: several devices, and everything about leases and uploads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from cbtm_common import faults
+from cbtm_common.errors import IntegrityError, InvalidArgument, InvalidState
+from cbtm_common.recipe import Precision
+from cbtm_worker.train import memory
+from cbtm_worker.train.checkpoint import (
+    MODEL,
+    OPTIMIZER,
+    CheckpointState,
+    Snapshot,
+    check_resumable,
+    host_copies,
+    read_optimizer,
+    read_state,
+    recipe_sha256,
+)
+from cbtm_worker.train.data import Batches, ShardSet
+from cbtm_worker.train.errors import Diverged, OutOfDeviceMemory
+from cbtm_worker.train.job import StepResult, TrainJob
+from cbtm_worker.train.model import context_length, lacks_determinism, load_model, make_deterministic, vocabulary_size
+from cbtm_worker.train.optimizer import load_optimizer, make_optimizer, optimizer_tensors
+from cbtm_worker.train.order import draw_seed
+from cbtm_worker.train.schedule import Schedule
+
+_log = logging.getLogger(__name__)
+
+# Called before each micro-step with (step, index of the micro-step, sequences in it); tests raise from it.
+MicroStepHook = Callable[[int, int, int], None]
+
+
+class Trainer:
+    """Trains `job` from its beginning or from a checkpoint. Not thread-safe; close it, or use it as a context.
+
+    torch's global random state is overwritten at each micro-step.
+    """
+
+    def __init__(self, job: TrainJob, *, before_micro_step: MicroStepHook | None = None) -> None:
+        recipe = job.recipe
+        self._job = job
+        self._hook = before_micro_step
+        self._device = _device(job.device)
+        self._device_name = _device_name(self._device)
+        self._half = _computes_bf16(self._device) and recipe.precision is Precision.BF16
+        self._schedule = Schedule.of(recipe, job.kind, job.total_steps)
+        self._tokens = recipe.global_batch * recipe.sequence_length
+        make_deterministic(self._device)
+
+        resumed = None
+        if job.resume_dir is not None:
+            resumed = read_state(job.resume_dir)
+            check_resumable(resumed, job)
+        self._step = resumed.step if resumed else 0
+        self._loss = resumed.loss if resumed else None
+        self._pending: list[_Values] = []
+
+        source = job.model_dir if job.resume_dir is None else job.resume_dir / MODEL
+        model, self._skeleton = load_model(source, dropout=recipe.dropout)
+        limit = context_length(model.config)
+        if limit is not None and recipe.sequence_length > limit:
+            raise InvalidArgument(
+                f"sequence_length: {recipe.sequence_length} is over the model's context of {limit} tokens",
+                field="sequence_length",
+            )
+        shards = ShardSet(job.shard_paths, sequence_length=recipe.sequence_length, vocab_size=vocabulary_size(model))
+        try:
+            self._model = model.to(self._device)  # type: ignore[arg-type]
+            self._parameters = {name: p for name, p in self._model.named_parameters() if p.requires_grad}
+            self._optimizer = make_optimizer(self._parameters, recipe.optimizer)
+        except torch.OutOfMemoryError as error:
+            raise OutOfDeviceMemory(f"{job.device}: weights and optimizer state do not fit: {error}") from error
+        self._has_moments = True
+        if resumed is not None and job.resume_dir is not None:
+            self._load_moments(job.resume_dir, resumed)
+        self._placement = self._first_placement(resumed)
+        if self._placement.gradient_checkpointing:
+            self._checkpoint_activations()
+        compiled = job.compile and self._device.type == "cuda"
+        self._forward: Callable[..., object] = torch.compile(self._model) if compiled else self._model
+        self._batches = Batches(
+            shards,
+            global_batch=recipe.global_batch,
+            seed=recipe.seed,
+            data_key=job.data_key,
+            device=self._device,
+        )
+
+    @property
+    def step(self) -> int:
+        """Steps done."""
+        return self._step
+
+    @property
+    def total_steps(self) -> int:
+        return self._job.total_steps
+
+    @property
+    def placement(self) -> memory.Placement:
+        """How steps are computed now; an out-of-memory changes it. Worth keeping for the next task of this model."""
+        return self._placement
+
+    @property
+    def precision(self) -> str:
+        """What the forward pass computes in: "bf16" or "fp32"."""
+        return "bf16" if self._half else "fp32"
+
+    @property
+    def parameter_count(self) -> int:
+        return sum(p.numel() for p in self._parameters.values())
+
+    def train_step(self) -> StepResult:
+        """One optimizer step. Raises Diverged, OutOfDeviceMemory, and InvalidState when all steps are done."""
+        if self._step >= self._job.total_steps:
+            raise InvalidState(f"all {self._job.total_steps} steps of {self._job.task_id} are done")
+        started = time.perf_counter()
+        learning_rate = self._schedule.learning_rate(self._step)
+        batch_BS = self._batches.get(self._step)
+        outcome: torch.Tensor | None = None
+        while outcome is None:
+            outcome = self._try_gradient(batch_BS)
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        self._step += 1
+        values = _Values(outcome, self._step)
+        self._pending.append(values)
+        # On CUDA the newest step may still be running: look at the one before it.
+        self._settle(keep=1 if self._device.type == "cuda" else 0)
+        faults.point("worker.step.after")
+        return StepResult(
+            step=self._step,
+            tokens=self._tokens,
+            seconds=time.perf_counter() - started,
+            learning_rate=learning_rate,
+            values=values.read,
+        )
+
+    def snapshot(self, *, final: bool = False) -> Snapshot:
+        """Copies everything into host memory; training may go on at once. `final` leaves the optimizer out.
+
+        Raises Diverged rather than copy weights that are no longer numbers.
+        """
+        self._settle(keep=0)
+        moments = None
+        if self._has_moments and not final:
+            moments = optimizer_tensors(self._optimizer, self._parameters)
+        # keep_vars gives the parameters themselves, by which tied weights are known.
+        weights = self._model.state_dict(keep_vars=True)
+        state = CheckpointState(
+            task_id=self._job.task_id,
+            kind=self._job.kind,
+            step=self._step,
+            total_steps=self._job.total_steps,
+            recipe_sha256=recipe_sha256(self._job.recipe),
+            data_key=self._job.data_key,
+            loss=self._loss,
+            device=self._device_name,
+            precision=self.precision,
+            micro_batch=self._placement.micro_batch,
+            gradient_checkpointing=self._placement.gradient_checkpointing,
+        )
+        return Snapshot(
+            state=state,
+            weights=host_copies(weights),
+            optimizer=None if moments is None else host_copies(moments),
+            skeleton=self._skeleton,
+        )
+
+    def close(self) -> None:
+        """Stops reading ahead. The device's memory is freed with the object."""
+        self._batches.close()
+
+    def __enter__(self) -> Trainer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # ---------------------------------------------------------------------------------------------- one step
+
+    def _try_gradient(self, batch_BS: torch.Tensor) -> torch.Tensor | None:
+        """(loss, gradient norm) [2] with the gradient in place; None when it must be tried again, in another way.
+
+        Weights and optimizer state are untouched either way.
+        """
+        out_of_memory = True
+        try:
+            return self._gradient(batch_BS)
+        except torch.OutOfMemoryError:
+            # Leaving this block drops the traceback, and with it the activations that its frames hold.
+            pass
+        except RuntimeError as error:
+            if not lacks_determinism(error):
+                raise
+            _log.warning("this model's steps will not repeat to the bit on %s: %s", self._job.device, error)
+            out_of_memory = False
+        self._optimizer.zero_grad(set_to_none=True)
+        if out_of_memory:
+            self._shrink()
+        else:
+            make_deterministic(self._device, strict=False)
+        return None
+
+    def _shrink(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+        smaller, reason = memory.after_out_of_memory(
+            self._placement,
+            global_batch=self._job.recipe.global_batch,
+            can_checkpoint=bool(self._model.supports_gradient_checkpointing),
+        )
+        if smaller is None:
+            raise OutOfDeviceMemory(f"{self._job.device}: {reason}")
+        _log.warning("%s", reason)
+        if smaller.gradient_checkpointing and not self._placement.gradient_checkpointing:
+            self._checkpoint_activations()
+        self._placement = smaller
+
+    def _gradient(self, batch_BS: torch.Tensor) -> torch.Tensor:
+        recipe = self._job.recipe
+        loss = torch.zeros((), device=self._device)
+        for index, micro_bS in enumerate(torch.split(batch_BS, self._placement.micro_batch)):
+            self._seed_draws(draw_seed(recipe.seed, self._job.data_key, self._step, index))
+            if self._hook is not None:
+                self._hook(self._step, index, len(micro_bS))
+            loss += self._micro_step(micro_bS)
+        gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if recipe.optimizer.gradient_clip > 0:
+            torch.nn.utils.clip_grads_with_norm_(self._parameters.values(), recipe.optimizer.gradient_clip, norm)
+        return torch.stack((loss, norm))
+
+    def _seed_draws(self, seed: int) -> None:
+        # torch.manual_seed would seed every kind of device, and takes a millisecond for those that are absent.
+        torch.default_generator.manual_seed(seed)
+        if self._device.type == "cuda":
+            torch.cuda.manual_seed(seed)
+
+    def _micro_step(self, micro_bS: torch.Tensor) -> torch.Tensor:
+        """Adds the micro-batch's share of the gradient; returns its share of the loss."""
+        autocast = torch.autocast(self._device.type, dtype=torch.bfloat16) if self._half else contextlib.nullcontext()
+        with autocast:
+            logits_bLV: torch.Tensor = self._forward(input_ids=micro_bS[:, :-1], use_cache=False).logits  # type: ignore[attr-defined]
+            # The sum over tokens divided by the global batch's tokens: shares add up to its mean.
+            share = cross_entropy(logits_bLV.flatten(0, 1).float(), micro_bS[:, 1:].flatten(), reduction="sum").div(
+                self._tokens
+            )
+        del logits_bLV
+        share.backward()  # type: ignore[no-untyped-call]
+        return share.detach()
+
+    def _settle(self, *, keep: int) -> None:
+        """Waits for all but the last `keep` steps, and checks that they gave numbers."""
+        while len(self._pending) > keep:
+            values = self._pending.pop(0)
+            loss, norm = values.read()
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                raise Diverged(
+                    f"{self._job.task_id}: at step {values.step} the loss is {loss} and the gradient's norm {norm};"
+                    " a lower learning rate, a longer warm-up or gradient clipping may help"
+                )
+            self._loss = loss
+
+    # -------------------------------------------------------------------------------------------- placement
+
+    def _first_placement(self, resumed: CheckpointState | None) -> memory.Placement:
+        job, batch = self._job, self._job.recipe.global_batch
+        if job.micro_batch is not None:
+            micro = memory.largest_divisor(batch, job.micro_batch)
+            return memory.Placement(micro_batch=micro, gradient_checkpointing=job.gradient_checkpointing)
+        if resumed is not None and resumed.device == self._device_name:
+            # The same cut gives the same bits as a run that was never interrupted.
+            return memory.Placement(
+                micro_batch=memory.largest_divisor(batch, resumed.micro_batch),
+                gradient_checkpointing=resumed.gradient_checkpointing or job.gradient_checkpointing,
+            )
+        config = self._model.config.get_text_config()
+        sequence = memory.sequence_bytes(
+            sequence_length=job.recipe.sequence_length,
+            vocab_size=vocabulary_size(self._model),
+            hidden_size=int(config.hidden_size),
+            layers=int(config.num_hidden_layers),
+            half=self._half,
+        )
+        free = memory.CPU_ACTIVATION_BYTES
+        if self._device.type == "cuda":
+            # Gradients are not allocated yet.
+            free = torch.cuda.mem_get_info(self._device)[0] - 4 * self.parameter_count
+        micro = memory.first_micro_batch(batch, free_bytes=free, bytes_per_sequence=sequence)
+        return memory.Placement(micro_batch=micro, gradient_checkpointing=job.gradient_checkpointing)
+
+    def _checkpoint_activations(self) -> None:
+        # The second name is what older releases of transformers have.
+        names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
+        enable = next(getattr(self._model, name) for name in names if hasattr(self._model, name))
+        enable({"use_reentrant": False})
+
+    def _load_moments(self, directory: Path, resumed: CheckpointState) -> None:
+        # A final checkpoint has no optimizer, and needs none: nothing is left to train.
+        self._has_moments = (directory / OPTIMIZER).exists()
+        if self._has_moments:
+            with torch.no_grad():
+                load_optimizer(read_optimizer(directory), optimizer_tensors(self._optimizer, self._parameters))
+        elif resumed.step < resumed.total_steps:
+            raise IntegrityError(f"{directory}: step {resumed.step} of {resumed.total_steps}, without {OPTIMIZER}")
+
+
+class _Values:
+    """(loss, gradient norm) of a step, on their way to the host."""
+
+    def __init__(self, values: torch.Tensor, step: int) -> None:
+        self.step = step
+        self._event: torch.cuda.Event | None = None
+        self._host = values
+        if values.device.type == "cuda":
+            self._host = torch.empty(2, pin_memory=True)
+            self._host.copy_(values, non_blocking=True)
+            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._event.record()
+
+    def read(self) -> tuple[float, float]:
+        if self._event is not None:
+            self._event.synchronize()
+        loss, norm = self._host.tolist()
+        return loss, norm
+
+
+def _device(name: str) -> torch.device:
+    """Raises InvalidArgument for a device that this machine does not have."""
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InvalidArgument(f"device: {name!r} cannot be used here: {error}", field="device") from error
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def _computes_bf16(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
