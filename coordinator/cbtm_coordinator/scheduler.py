@@ -15,6 +15,8 @@ _MAX_BACKOFF = timedelta(minutes=30)
 # A lease that is renewed but shows no progress for this many lease durations is taken to be hung.
 STALL_LEASES = 10
 MIN_STALL = timedelta(minutes=10)
+# A worker writes checkpoints by itself; one that is this many intervals late is told to.
+OVERDUE_INTERVALS = 2
 # An idle worker asks again within these bounds.
 _POLL = (timedelta(seconds=2), timedelta(seconds=60))
 
@@ -57,6 +59,7 @@ class BackoffDecision(Decision):
 def rank(candidates: Sequence[Candidate]) -> list[Candidate]:
     """Best first: a seed (everything waits for it), then fewest failures, then the most steps left to do.
 
+    The store's query for candidates sorts by the same key, so that the few it looks at are the best of all.
     The longest task first keeps the last worker of a run from being left alone with it.
     """
     return sorted(
@@ -65,12 +68,29 @@ def rank(candidates: Sequence[Candidate]) -> list[Candidate]:
     )
 
 
-def directive(*, run_paused: bool, draining: bool) -> DirectiveDecision:
-    """What a worker is told when it renews."""
+def lease_directive(
+    *,
+    now: datetime,
+    run_paused: bool,
+    training: bool,
+    step: int,
+    committed_step: int,
+    last_checkpoint: datetime,
+    interval: timedelta,
+) -> DirectiveDecision:
+    """What the holder of a live lease is told when it renews; a lease that is over gets LeaseLost instead.
+
+    `last_checkpoint` is when the lease last began or committed one, or was acquired; `training` is False while the
+    worker moves bytes, when another checkpoint would only queue behind them.
+    """
     if run_paused:
         return DirectiveDecision(directive=Directive.STOP, reason="its owner paused the run")
-    if draining:
-        return DirectiveDecision(directive=Directive.CONTINUE, reason="the coordinator restarts; carry on")
+    late = now - last_checkpoint
+    if training and step > committed_step and late > interval * OVERDUE_INTERVALS:
+        return DirectiveDecision(
+            directive=Directive.CHECKPOINT,
+            reason=f"no checkpoint for {int(late.total_seconds())} s, and {step - committed_step} steps at risk",
+        )
     return DirectiveDecision(directive=Directive.CONTINUE, reason="")
 
 

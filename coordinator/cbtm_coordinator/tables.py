@@ -233,6 +233,8 @@ leases = Table(
     Column("state", String(16), nullable=False),
     _time("acquire_time"),
     _time("expire_time"),
+    # When its worker was last heard of.
+    _time("renew_time"),
     # When it counts as hung unless it shows progress before.
     _time("stall_time"),
     _time("end_time", nullable=True),
@@ -272,6 +274,7 @@ checkpoints = Table(
     UniqueConstraint("task_id", "epoch", "step"),
 )
 Index("ix_checkpoints_state", checkpoints.c.state, checkpoints.c.objects_deleted)
+Index("ix_checkpoints_lease", checkpoints.c.lease_id)
 
 experts = Table(
     "experts",
@@ -288,6 +291,7 @@ experts = Table(
     _time("create_time"),
     UniqueConstraint("run_id", "cluster_index", "version"),
 )
+Index("ix_experts_checkpoint", experts.c.checkpoint_id)
 
 unfit = Table(
     "unfit",
@@ -296,6 +300,7 @@ unfit = Table(
     _ref("task_id", "tasks", primary_key=True),
     _words("reason"),
 )
+Index("ix_unfit_task", unfit.c.task_id)
 
 requests = Table(
     "requests",
@@ -325,3 +330,4 @@ events = Table(
 )
 Index("ix_events_run", events.c.run_id, events.c.id)
 Index("ix_events_task", events.c.task_id, events.c.id)
+Index("ix_events_worker", events.c.worker_id, events.c.id)

@@ -221,6 +221,58 @@ def test_rows_that_branch_go_on_as_if_each_had_been_alone(model: Any) -> None:
         np.testing.assert_allclose(found[row], brute_force_log_probs(model, ids, top_k=2), atol=1e-5)
 
 
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_experts_that_come_and_go_in_a_batch_catch_up_on_what_they_missed(model: Any, top_k: int) -> None:
+    from cbtm._decoder import MixtureDecoder
+
+    view = with_k(model, top_k)
+    texts = ["river", "xyzzy theorem", "court of the silver garden"]
+    after = [model.encode(" " + " ".join(random_texts(2, seed=seed, words=(9, 14))))[:40] for seed in (43, 47, 53)]
+    contexts = [[EOS_TOKEN_ID, *model.encode(text)] for text in texts]
+    decoder = MixtureDecoder(view.pool, view.context_router, contexts)
+    in_use = set()
+    for tokens in zip(*after, strict=True):
+        found = decoder.log_probs().numpy()
+        in_use.add(tuple(map(tuple, (decoder.weights > 0).tolist())))
+        for row, ids in enumerate(decoder.contexts):
+            np.testing.assert_allclose(found[row], brute_force_log_probs(view, ids, top_k=top_k), atol=1e-5)
+        decoder.push(tokens)
+    assert len(in_use) > 1, "the texts must change their experts on the way"
+
+
+def test_caches_hold_up_when_every_row_changes_its_experts_at_every_token(model: Any) -> None:
+    import torch
+
+    from cbtm._decoder import MixtureDecoder
+    from cbtm._routing import ContextRouter
+
+    rng = np.random.default_rng(3)
+
+    class Restless(ContextRouter):
+        """Any one or two experts, for any row, at any step."""
+
+        def weights(self, states: Any) -> Any:
+            rows = np.zeros((len(states), 4))
+            for row in rows:
+                row[rng.choice(4, size=int(rng.integers(1, 3)), replace=False)] = rng.uniform(0.1, 1.0)
+            return rows / rows.sum(axis=1, keepdims=True)
+
+    def expected(ids: Any, weights: Any) -> Any:
+        logits = [model.pool.get(j)(input_ids=torch.tensor([list(ids)])).logits[0, -1].double() for j in range(4)]
+        return np.log(sum(w * torch.softmax(x, -1).numpy() for w, x in zip(weights, logits, strict=True)))
+
+    router = Restless(model.context_router.router, model.context_router.detokenizer, model.routing)
+    contexts = [rng.integers(1, 300, size=int(length)).tolist() for length in (1, 9, 4, 4, 2)]
+    decoder = MixtureDecoder(model.pool, router, contexts)
+    for step in range(24):
+        found, weights = decoder.log_probs().numpy(), decoder.weights
+        for row, ids in enumerate(decoder.contexts):
+            np.testing.assert_allclose(found[row], expected(ids, weights[row]), atol=1e-5)
+        decoder.push(rng.integers(1, 300, size=len(found)).tolist())
+        if step in (8, 16):
+            decoder.reorder([3, 1, 1, 0])
+
+
 def test_sampling_repeats_with_its_seed_and_stays_within_its_bounds(model: Any) -> None:
     prompts = random_texts(2, seed=37, words=(1, 3))
     options = {"max_new_tokens": 12, "temperature": 1.0}
@@ -314,7 +366,7 @@ class TestMistakes:
 
         parts = make_parts(tmp_path, experts=2)
         make_tiny_tokenizer(tmp_path / "tokenizer", [" ".join(WORDS)] * 3, vocab_size=400)
-        with pytest.raises(InvalidArgument, match="tokenizer: it has .* ids and the experts know 300"):
+        with pytest.raises(InvalidArgument, match=r"tokenizer: it has .* ids and the experts know 300"):
             build(parts)
 
     def test_a_damaged_and_a_missing_expert_file(self, model: Any, tmp_path: Path) -> None:
@@ -337,13 +389,13 @@ class TestMistakes:
         parts = make_parts(tmp_path, experts=2)
         weights = tmp_path / "model0/model.safetensors"
         weights.write_bytes(weights.read_bytes()[:-100])
-        with pytest.raises(IntegrityError, match="expert 0: .* cannot be"):
+        with pytest.raises(IntegrityError, match=r"expert 0: .* cannot be"):
             build(parts, top_k="all").score("river")
 
     def test_an_expert_over_the_byte_budget(self, parts: Any) -> None:
         from cbtm import ResourceExhausted
 
-        with pytest.raises(ResourceExhausted, match="max_bytes: expert . takes"):
+        with pytest.raises(ResourceExhausted, match=r"max_bytes: expert . takes"):
             build(parts, max_bytes=1000).score("river")
 
     def test_nothing_to_score(self, model: Any) -> None:

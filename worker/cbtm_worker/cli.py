@@ -104,7 +104,9 @@ def check(
     raise typer.Exit(0 if fit else 1)
 
 
-def _config(coordinator: str, token: str | None, device: str | None, cache_dir: Path | None, name: str):  # type: ignore[no-untyped-def]
+def _config(
+    coordinator: str, token: str | None, device: str | None, cache_dir: Path | None, name: str
+) -> WorkerConfig:
     import socket
 
     from cbtm_common.rpc import host_of

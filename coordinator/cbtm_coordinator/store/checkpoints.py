@@ -37,11 +37,6 @@ def begin(
     files: Sequence[FileSpec],
 ) -> CheckpointRecord:
     """Opens a checkpoint of a live lease, or finds it again when the same one was begun before."""
-    if not task.committed_step < step <= task.total_steps:
-        raise InvalidArgument(
-            f"step: {step} is not after the committed step {task.committed_step} and at most {task.total_steps}",
-            field="step",
-        )
     where = (checkpoints.c.task_id == task.id, checkpoints.c.epoch == lease.epoch, checkpoints.c.step == step)
     files_json = files_to_json(files)
     present = tx.execute(select(checkpoints).where(*where)).one_or_none()
@@ -51,6 +46,11 @@ def begin(
         # Written anew after a crash, with other bytes (a time in a header, say): nobody has seen the first.
         tx.execute(update(checkpoints).where(*where).values(files_json=files_json))
         return get(tx, present.id)
+    if not task.committed_step < step <= task.total_steps:
+        raise InvalidArgument(
+            f"step: {step} is not after the committed step {task.committed_step} and at most {task.total_steps}",
+            field="step",
+        )
     checkpoint_id = new_id("ckpt")
     tx.execute(
         insert(checkpoints).values(
@@ -104,9 +104,14 @@ def committable(
 def commit(
     tx: Connection, now: datetime, *, checkpoint: CheckpointRecord, metrics: Mapping[str, object]
 ) -> tuple[CheckpointRecord, TaskRecord]:
-    """Makes a verified checkpoint visible: guarded by state and epoch. The final one becomes an expert."""
-    if checkpoint.state is not CheckpointState.UPLOADING:
-        return checkpoint, tasks.get_task(tx, checkpoint.task_id)
+    """Makes a checkpoint visible: guarded by state and epoch. The final one becomes an expert.
+
+    `checkpoint` is the record whose files were verified; when its worker announced other files since, it is refused.
+    """
+    current = get(tx, checkpoint.id)
+    if current.state in (CheckpointState.COMMITTED, CheckpointState.ACCEPTED):
+        return current, tasks.get_task(tx, checkpoint.task_id)
+    target = TaskState.SUBMITTED.value if checkpoint.final else tasks_table.c.state
     moved = tx.execute(
         update(tasks_table)
         .where(
@@ -115,7 +120,7 @@ def commit(
             tasks_table.c.state.in_(sources(TaskState, "submit")),
             tasks_table.c.committed_step < checkpoint.step,
         )
-        .values(committed_step=checkpoint.step, attempts=0, update_time=now)
+        .values(state=target, committed_step=checkpoint.step, attempts=0, update_time=now)
     )
     task = tasks.get_task(tx, checkpoint.task_id)
     if moved.rowcount != 1:
@@ -126,11 +131,15 @@ def commit(
         )
     committed = tx.execute(
         update(checkpoints)
-        .where(checkpoints.c.id == checkpoint.id, checkpoints.c.state.in_(sources(CheckpointState, "commit")))
+        .where(
+            checkpoints.c.id == checkpoint.id,
+            checkpoints.c.state.in_(sources(CheckpointState, "commit")),
+            checkpoints.c.files_json == checkpoint.files_json,
+        )
         .values(state=CheckpointState.COMMITTED.value, commit_time=now, metrics_json=json.dumps(dict(metrics)))
     )
     if committed.rowcount != 1:
-        raise InvalidState(f"checkpoint {checkpoint.id} is no longer UPLOADING")
+        raise InvalidState(f"checkpoint {checkpoint.id} is {current.state}, or its files were announced anew: commit again")
     events.append(
         tx,
         now,
@@ -142,7 +151,6 @@ def commit(
     )
     _prune_superseded(tx, task.id)
     if checkpoint.final:
-        tx.execute(update(tasks_table).where(tasks_table.c.id == task.id).values(state=TaskState.SUBMITTED.value))
         accept(tx, now, get(tx, checkpoint.id))
     return get(tx, checkpoint.id), tasks.get_task(tx, task.id)
 
@@ -178,7 +186,8 @@ def accept(tx: Connection, now: datetime, checkpoint: CheckpointRecord) -> Exper
 
 def _advance_run(tx: Connection, now: datetime, task: TaskRecord) -> None:
     """An accepted seed opens the experts; the last accepted expert completes the run."""
-    run = runs.get(tx, task.run_id)
+    # Locked: of two last experts accepted at once, the second must see the first, or neither completes the run.
+    run = runs.get(tx, task.run_id, lock=True)
     if task.kind is TaskKind.SEED:
         tx.execute(
             update(tasks_table)
@@ -299,6 +308,18 @@ def _prune_superseded(tx: Connection, task_id: str) -> None:
             .where(checkpoints.c.id.in_([row.id for row in stale]))
             .values(state=CheckpointState.PRUNED.value, reason="superseded by a newer checkpoint")
         )
+
+
+def drop(tx: Connection, task_id: str) -> None:
+    """The task starts from step 0: nothing of its earlier life is resumed from, or counted as newer."""
+    tx.execute(
+        update(checkpoints)
+        .where(
+            checkpoints.c.task_id == task_id,
+            checkpoints.c.state.in_([CheckpointState.COMMITTED.value, CheckpointState.UPLOADING.value]),
+        )
+        .values(state=CheckpointState.PRUNED.value, reason="its owner started the task anew")
+    )
 
 
 def prune_finished(tx: Connection) -> None:

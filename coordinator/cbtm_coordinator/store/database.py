@@ -14,6 +14,7 @@ from typing import Any
 
 from sqlalchemy import Connection, Engine, create_engine, event, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from cbtm_common.errors import InvalidArgument, Unavailable
 
@@ -69,10 +70,10 @@ def writing(engine: Engine) -> Iterator[Connection]:
     try:
         with engine.begin() as connection:
             yield connection
-    except OperationalError as error:
-        raise _unavailable(error) from error
+    except PoolTimeout as error:
+        raise Unavailable("the registry's database connections are all busy; try again") from error
     except DBAPIError as error:
-        if error.connection_invalidated:
+        if isinstance(error, OperationalError) or error.connection_invalidated:
             raise _unavailable(error) from error
         raise
 
@@ -83,8 +84,12 @@ def reading(engine: Engine) -> Iterator[Connection]:
     try:
         with engine.connect().execution_options(cbtm_reading=True) as connection, connection.begin():
             yield connection
-    except OperationalError as error:
-        raise _unavailable(error) from error
+    except PoolTimeout as error:
+        raise Unavailable("the registry's database connections are all busy; try again") from error
+    except DBAPIError as error:
+        if isinstance(error, OperationalError) or error.connection_invalidated:
+            raise _unavailable(error) from error
+        raise
 
 
 def _unavailable(error: DBAPIError) -> Unavailable:

@@ -103,6 +103,8 @@ class LeaseRecord(_FromRow):
     state: LeaseState
     acquire_time: datetime
     expire_time: datetime
+    renew_time: datetime
+    stall_time: datetime
     end_time: datetime | None
     reason: str
     step: int

@@ -55,9 +55,13 @@ def create(
     return get(tx, run_id)
 
 
-def get(tx: Connection, run: str) -> RunRecord:
-    """By id or by name."""
-    row = tx.execute(select(runs).where(or_(runs.c.id == run, runs.c.name == run))).first()
+def get(tx: Connection, run: str, *, lock: bool = False) -> RunRecord:
+    """By id or by name. `lock` holds its row to the transaction's end: its tasks cannot finish or fail meanwhile."""
+    query = select(runs).where(or_(runs.c.id == run, runs.c.name == run)).order_by(runs.c.id != run)
+    if lock:
+        # NO KEY: rows that refer to the run may still be inserted, which is no reason to wait (or to deadlock).
+        query = query.with_for_update(key_share=True)
+    row = tx.execute(query).first()
     if row is None:
         raise NotFound(f"run: there is no run {run!r}; `cbtm-coord run list` shows them", metadata={"run": run})
     return RunRecord.of(row)
