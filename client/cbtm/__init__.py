@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from cbtm._ensemble import Ensemble
     from cbtm._evaluate import Evaluation, evaluate, evaluate_run
     from cbtm._parts import ClusterInfo
-    from cbtm._results import ClusterWeight, Generation, PerplexityResult, Routing, Score
+    from cbtm._results import ClusterWeight, Generation, HeldOutDocument, PerplexityResult, Routing, Score
     from cbtm._routing import Policy, RoutingOptions
     from cbtm_common.errors import (
         AlreadyExists,
@@ -42,6 +42,7 @@ _HOME = {
     "Ensemble": "cbtm._ensemble",
     "Evaluation": "cbtm._evaluate",
     "Generation": "cbtm._results",
+    "HeldOutDocument": "cbtm._results",
     "IntegrityError": "cbtm_common.errors",
     "InvalidArgument": "cbtm_common.errors",
     "InvalidState": "cbtm_common.errors",
@@ -69,6 +70,7 @@ __all__ = [
     "Ensemble",
     "Evaluation",
     "Generation",
+    "HeldOutDocument",
     "IntegrityError",
     "InvalidArgument",
     "InvalidState",

@@ -18,6 +18,7 @@ from typing import Any, Self
 
 from cbtm._parts import ClusterInfo, EnsembleParts
 from cbtm._residency import ExpertSource
+from cbtm._results import HeldOutDocument
 from cbtm._routing import single_router
 from cbtm_api.v1 import catalog_service_pb2 as cs
 from cbtm_api.v1 import resources_pb2 as pb
@@ -31,14 +32,6 @@ from cbtm_common.shards import read_shard
 from cbtm_common.transfer import Transfer
 
 _PAGE = 200
-
-
-@dataclass(frozen=True, kw_only=True)
-class HeldOutDocument:
-    """A document that no expert trained on: its token ids (without EOS), and the cluster it was assigned to."""
-
-    token_ids: tuple[int, ...]
-    cluster_id: str
 
 
 @dataclass(kw_only=True)

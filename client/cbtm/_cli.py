@@ -336,25 +336,24 @@ def _show(found: Evaluation) -> None:
     from rich.table import Table
 
     console = Console()
-    overall = Table("Model", "Perplexity", "Against the seed", title=f"{found.run}: held-out", header_style="bold")
+    overall = Table("Model", "Perplexity", "Against the seed", title=f"{found.run}: perplexity", header_style="bold")
     seed = found.perplexity.get("seed")
     for name, value in found.perplexity.items():
         against = "" if seed is None or name == "seed" else f"{100 * (value / seed - 1):+.1f} %"
         overall.add_row(_NAMES.get(name, name.replace("top", "top-")), f"{value:.3f}", against)
     console.print(overall)
     names = [name for name in found.perplexity if name in ("seed", "dense", "expert", "top1", "top2", "all")]
-    by_cluster = Table("Cluster", "Its words", "Documents", "Tokens", "Share", title="By cluster", header_style="bold")
-    for name in names:
-        by_cluster.add_column(_SHORT.get(name, name.replace("top", "top-")), justify="right")
+    by_cluster = Table("", "Its words", title="By cluster", header_style="bold")
+    for title in ("Tokens", "Share", *(_SHORT.get(name, name.replace("top", "top-")) for name in names)):
+        by_cluster.add_column(title, justify="right", no_wrap=True, overflow="fold")
     for cluster in found.clusters:
         share = found.expert_share.get(cluster.cluster_id)
         by_cluster.add_row(
             str(cluster.index),
-            ", ".join(cluster.top_terms[:4]),
-            f"{cluster.documents:,}",
+            ", ".join(cluster.top_terms[:5]),
             f"{cluster.tokens:,}",
-            "-" if share is None else f"{share:.3f}",
-            *(f"{cluster.perplexity[name]:.3f}" for name in names),
+            "-" if share is None else f"{share:.2f}",
+            *(f"{cluster.perplexity[name]:.2f}" for name in names),
         )
     console.print(by_cluster)
     console.print(
@@ -371,4 +370,4 @@ _NAMES = {
     "expert": "each expert on its own cluster",
     "all": "all experts mixed",
 }
-_SHORT = {"expert": "own expert"}
+_SHORT = {"expert": "own"}

@@ -481,6 +481,9 @@ class Ensemble:
 def _load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+    # Registers the model type of a saved ensemble, whose folder this may be.
+    from cbtm import _config  # noqa: F401
+
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except (ValueError, OSError, KeyError) as error:

@@ -21,10 +21,10 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from cbtm._catalog import Catalog, HeldOutDocument
+from cbtm._catalog import Catalog
 from cbtm._ensemble import Ensemble
 from cbtm._residency import ExpertPool, ExpertSource, check_dtype, load_model
-from cbtm._results import perplexity_of
+from cbtm._results import HeldOutDocument, perplexity_of
 from cbtm._scoring import TokenSequence, model_scores
 from cbtm_common.errors import InvalidArgument
 from cbtm_common.routing import keep_top

@@ -1,4 +1,4 @@
-"""What the methods of an ensemble return: plain values, no tensors."""
+"""What the methods of an ensemble take and return: plain values, no tensors."""
 
 from __future__ import annotations
 
@@ -77,6 +77,14 @@ class Generation:
 
     def __str__(self) -> str:
         return self.prompt + self.completion
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOutDocument:
+    """A document that no expert trained on: its token ids (without end-of-text), and the cluster it belongs to."""
+
+    token_ids: tuple[int, ...]
+    cluster_id: str
 
 
 def perplexity_of(log_likelihood: float, tokens: int) -> float:

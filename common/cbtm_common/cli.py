@@ -43,7 +43,8 @@ def run_app(app: typer.Typer, *, name: str) -> None:
 def _fail(name: str, message: str, code: int, debug: bool) -> None:
     if debug:
         traceback.print_exc()
-    sys.stderr.write(f"{name}: error: {message}\n")
+    # One line, whatever a library put into the message.
+    sys.stderr.write(f"{name}: error: {' '.join(message.split())}\n")
     sys.exit(code)
 
 

@@ -27,9 +27,11 @@ from cbtm_common.errors import (
     ALL_ERRORS,
     DOMAIN,
     RETRYABLE,
+    Cancelled,
     CbtmError,
     InternalError,
     InvalidArgument,
+    Unavailable,
 )
 
 # Both sides: nothing that passes here is large, since files move by signed URLs.
@@ -79,6 +81,19 @@ def error_of(error: grpc.RpcError) -> CbtmError:
     return _BY_CODE[call.code().name](call.details() or call.code().name)
 
 
+def _unanswered(target: str, error: grpc.RpcError) -> CbtmError | None:
+    """What to tell a person when gRPC itself, and no coordinator, said that `target` cannot be reached."""
+    call: Any = error
+    if call.code() is not grpc.StatusCode.UNAVAILABLE or rpc_status.from_call(call) is not None:
+        return None
+    # gRPC nests what each address said, the cause last: "...; last error: UNKNOWN: ipv4:...: Connection refused".
+    cause = (call.details() or "no answer").rpartition(": ")[2].strip("[] ")
+    return Unavailable(
+        f"coordinator: {target} does not answer ({cause}); is `cbtm-coord serve` running there, and its port open?",
+        metadata={"target": target},
+    )
+
+
 def retry_delay_of(error: grpc.RpcError) -> float | None:
     """Seconds that the server asks to wait (`google.rpc.RetryInfo`), if it does."""
     call: Any = error
@@ -120,12 +135,14 @@ class _Interceptor(grpc.UnaryUnaryClientInterceptor):  # type: ignore[type-arg] 
     def __init__(
         self,
         *,
+        target: str,
         credential: Callable[[], str | None],
         timeout: float,
         policy: RetryPolicy,
         on_metadata: Callable[[str], None],
         closed: threading.Event,
     ) -> None:
+        self._target = target
         self._credential = credential
         self._timeout = timeout
         self._policy = policy
@@ -147,14 +164,20 @@ class _Interceptor(grpc.UnaryUnaryClientInterceptor):  # type: ignore[type-arg] 
         )
         attempt = 0
         while True:
-            call = continuation(details, request)
+            try:
+                call = continuation(details, request)
+            except ValueError as closed:
+                # What gRPC raises for a channel that another thread closed.
+                if not self._closed.is_set():
+                    raise
+                raise Cancelled("the connection to the coordinator is closed") from closed
             error = call.exception()
             if error is None:
                 for key, value in (*(call.initial_metadata() or ()), *(call.trailing_metadata() or ())):
                     if key == HTTP_PORT_METADATA:
                         self._on_metadata(value)
                 return call
-            typed = error_of(error)
+            typed = _unanswered(self._target, error) or error_of(error)
             if not isinstance(typed, RETRYABLE) or attempt + 1 >= self._policy.attempts:
                 raise typed from error
             delay = retry_delay_of(error) or self._policy.delay(attempt, random.random())
@@ -186,6 +209,7 @@ class Connection:
         self._closed = threading.Event()
         self._channel = channel or grpc.insecure_channel(target, options=list(CHANNEL_OPTIONS))
         interceptor = _Interceptor(
+            target=target,
             credential=lambda: self.credential,
             timeout=timeout,
             policy=policy or RetryPolicy(),

@@ -89,7 +89,8 @@ def read_shard(path: Path) -> TokenShard:
             raise IntegrityError(f"{path}: holds {sorted(header)}, not tokens and document_offsets")
         tokens = _tensor(path, header["tokens"], start, size)
         offsets = _tensor(path, header["document_offsets"], start, size)
-    except (KeyError, ValueError, TypeError, AttributeError, struct.error) as error:
+        _check_layout(path, header, size - start)
+    except (LookupError, ValueError, TypeError, ArithmeticError, RecursionError, struct.error) as error:
         raise IntegrityError(f"{path}: is not a token shard: {error!r}") from error
     _check(path, tokens, offsets, vocab_size=vocab_size, eos=eos)
     return TokenShard(tokens=tokens, document_offsets=offsets, eos_token_id=eos, vocab_size=vocab_size)
@@ -104,6 +105,13 @@ def _header(path: Path, size: int) -> tuple[dict[str, Any], int]:
     if not isinstance(header, dict):
         raise IntegrityError(f"{path}: its header is not an object")
     return header, 8 + length
+
+
+def _check_layout(path: Path, header: dict[str, Any], payload: int) -> None:
+    """The two tensors fill the payload, one after the other: no byte of it has two meanings, or none."""
+    spans = sorted(tuple(header[name]["data_offsets"]) for name in ("tokens", "document_offsets"))
+    if spans[0][0] != 0 or spans[0][1] != spans[1][0] or spans[1][1] != payload:
+        raise IntegrityError(f"{path}: tensors at {spans} do not fill its {payload} bytes, each byte once")
 
 
 def _tensor(path: Path, entry: dict[str, Any], start: int, size: int) -> npt.NDArray[Any]:

@@ -10,9 +10,9 @@ import os
 import tomllib
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
 from cbtm_common.errors import InvalidArgument
@@ -24,6 +24,9 @@ JOIN_TOKEN_NAME = "join.token"  # noqa: S105  # the name of a file
 ADDRESS_NAME = "coordinator.address"
 DEFAULT_DATA_DIR = Path("cbtm-data")
 
+_Port = Annotated[int, Field(ge=0, le=65_535)]
+_Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
 
 class CoordinatorConfig(BaseSettings):
     """Everything `cbtm-coord serve` can be told."""
@@ -33,10 +36,10 @@ class CoordinatorConfig(BaseSettings):
     # SQLite registry, embedded object store, keys and tokens lie here.
     data_dir: Path = DEFAULT_DATA_DIR
     # Interface to listen on, for gRPC and HTTP.
-    host: str = "0.0.0.0"  # noqa: S104  # volunteers connect from anywhere
+    host: Annotated[str, Field(min_length=1)] = "0.0.0.0"  # noqa: S104  # volunteers connect from anywhere
     # 0 takes a free port.
-    port: int = 50051
-    http_port: int = 8080
+    port: _Port = 50051
+    http_port: _Port = 8080
     # Host that volunteers are told to connect to; found by itself when empty.
     advertise_host: str = ""
     # Base of the HTTP endpoint's URLs when it stands behind a proxy, such as https://data.example.org.
@@ -51,18 +54,19 @@ class CoordinatorConfig(BaseSettings):
     s3_region: str = "us-east-1"
     s3_path_style: bool = True
     # Life of a signed URL, in seconds.
-    url_ttl_seconds: float = 3600.0
+    url_ttl_seconds: _Seconds = 3600.0
     # Whether anybody may read runs, experts and the clustering model without a token.
     public_catalog: bool = True
-    threads: int = 32
+    # Calls served at once, and connections to the registry.
+    threads: Annotated[int, Field(ge=2, le=1024)] = 32
     # How often leases are looked at, in seconds.
-    reaper_seconds: float = 2.0
+    reaper_seconds: _Seconds = 2.0
     # Objects that nothing knows are deleted after this long.
-    orphan_grace_seconds: float = 86_400.0
+    orphan_grace_seconds: _Seconds = 86_400.0
     # How often they are looked for.
-    orphan_seconds: float = 3600.0
+    orphan_seconds: _Seconds = 3600.0
     # Calls in progress get this long when the process is told to stop.
-    drain_seconds: float = 20.0
+    drain_seconds: _Seconds = 20.0
 
     @classmethod
     def settings_customise_sources(

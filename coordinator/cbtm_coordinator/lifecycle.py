@@ -97,50 +97,60 @@ def _to(target: State, actor: Actor) -> Transition:
 
 _OWNER, _WORKER, _COORDINATOR = Actor.OWNER, Actor.WORKER, Actor.COORDINATOR
 
-TRANSITIONS: Mapping[tuple[State, str], Transition] = {
-    (RunState.DRAFT, "register"): _to(RunState.CLUSTERED, _OWNER),
-    (RunState.CLUSTERED, "start_seeding"): _to(RunState.SEEDING, _OWNER),
-    (RunState.CLUSTERED, "start_training"): _to(RunState.TRAINING, _OWNER),
-    (RunState.SEEDING, "seed_accepted"): _to(RunState.TRAINING, _COORDINATOR),
-    (RunState.SEEDING, "task_failed"): _to(RunState.FAILED, _COORDINATOR),
-    (RunState.TRAINING, "task_failed"): _to(RunState.FAILED, _COORDINATOR),
-    (RunState.TRAINING, "all_accepted"): _to(RunState.COMPLETE, _COORDINATOR),
-    (RunState.FAILED, "requeue_seed"): _to(RunState.SEEDING, _OWNER),
-    (RunState.FAILED, "requeue_expert"): _to(RunState.TRAINING, _OWNER),
-    (RunState.COMPLETE, "requeue_expert"): _to(RunState.TRAINING, _OWNER),
-    (TaskState.BLOCKED, "seed_accepted"): _to(TaskState.PENDING, _COORDINATOR),
-    (TaskState.PENDING, "acquire"): _to(TaskState.LEASED, _WORKER),
-    (TaskState.LEASED, "release"): _to(TaskState.PENDING, _WORKER),
-    (TaskState.LEASED, "expire"): _to(TaskState.PENDING, _COORDINATOR),
-    (TaskState.LEASED, "revoke"): _to(TaskState.PENDING, _OWNER),
-    (TaskState.LEASED, "exhaust"): _to(TaskState.FAILED, _COORDINATOR),
-    (TaskState.LEASED, "submit"): _to(TaskState.SUBMITTED, _WORKER),
-    # A late final checkpoint, from a lease that expired and has no successor.
-    (TaskState.PENDING, "submit"): _to(TaskState.SUBMITTED, _WORKER),
-    (TaskState.SUBMITTED, "accept"): _to(TaskState.DONE, _COORDINATOR),
-    (TaskState.SUBMITTED, "reject"): _to(TaskState.PENDING, _COORDINATOR),
-    (TaskState.PENDING, "requeue"): _to(TaskState.PENDING, _OWNER),
-    (TaskState.FAILED, "requeue"): _to(TaskState.PENDING, _OWNER),
-    (TaskState.DONE, "requeue"): _to(TaskState.PENDING, _OWNER),
-    (LeaseState.LIVE, "release"): _to(LeaseState.RELEASED, _WORKER),
-    (LeaseState.LIVE, "expire"): _to(LeaseState.EXPIRED, _COORDINATOR),
-    (LeaseState.LIVE, "revoke"): _to(LeaseState.REVOKED, _OWNER),
-    (CheckpointState.UPLOADING, "commit"): _to(CheckpointState.COMMITTED, _WORKER),
-    (CheckpointState.UPLOADING, "reject"): _to(CheckpointState.REJECTED, _COORDINATOR),
-    (CheckpointState.UPLOADING, "prune"): _to(CheckpointState.PRUNED, _COORDINATOR),
-    (CheckpointState.COMMITTED, "accept"): _to(CheckpointState.ACCEPTED, _COORDINATOR),
-    (CheckpointState.COMMITTED, "reject"): _to(CheckpointState.REJECTED, _COORDINATOR),
-    (CheckpointState.COMMITTED, "prune"): _to(CheckpointState.PRUNED, _COORDINATOR),
-    (CheckpointState.REJECTED, "prune"): _to(CheckpointState.PRUNED, _COORDINATOR),
-    (CheckpointState.ACCEPTED, "prune"): _to(CheckpointState.PRUNED, _COORDINATOR),
+# By kind: states of two kinds may have one name, and enums of strings would then be equal.
+TRANSITIONS: Mapping[type[State], Mapping[tuple[State, str], Transition]] = {
+    RunState: {
+        (RunState.DRAFT, "register"): _to(RunState.CLUSTERED, _OWNER),
+        (RunState.CLUSTERED, "start_seeding"): _to(RunState.SEEDING, _OWNER),
+        (RunState.CLUSTERED, "start_training"): _to(RunState.TRAINING, _OWNER),
+        (RunState.SEEDING, "seed_accepted"): _to(RunState.TRAINING, _COORDINATOR),
+        (RunState.SEEDING, "task_failed"): _to(RunState.FAILED, _COORDINATOR),
+        (RunState.TRAINING, "task_failed"): _to(RunState.FAILED, _COORDINATOR),
+        (RunState.TRAINING, "all_accepted"): _to(RunState.COMPLETE, _COORDINATOR),
+        (RunState.FAILED, "requeue_seed"): _to(RunState.SEEDING, _OWNER),
+        (RunState.FAILED, "requeue_expert"): _to(RunState.TRAINING, _OWNER),
+        (RunState.COMPLETE, "requeue_expert"): _to(RunState.TRAINING, _OWNER),
+    },
+    TaskState: {
+        (TaskState.BLOCKED, "seed_accepted"): _to(TaskState.PENDING, _COORDINATOR),
+        (TaskState.PENDING, "acquire"): _to(TaskState.LEASED, _WORKER),
+        (TaskState.LEASED, "release"): _to(TaskState.PENDING, _WORKER),
+        (TaskState.LEASED, "expire"): _to(TaskState.PENDING, _COORDINATOR),
+        (TaskState.LEASED, "revoke"): _to(TaskState.PENDING, _OWNER),
+        (TaskState.LEASED, "exhaust"): _to(TaskState.FAILED, _COORDINATOR),
+        (TaskState.LEASED, "submit"): _to(TaskState.SUBMITTED, _WORKER),
+        # A late final checkpoint, from a lease that expired and has no successor.
+        (TaskState.PENDING, "submit"): _to(TaskState.SUBMITTED, _WORKER),
+        (TaskState.SUBMITTED, "accept"): _to(TaskState.DONE, _COORDINATOR),
+        (TaskState.SUBMITTED, "reject"): _to(TaskState.PENDING, _COORDINATOR),
+        (TaskState.PENDING, "requeue"): _to(TaskState.PENDING, _OWNER),
+        (TaskState.FAILED, "requeue"): _to(TaskState.PENDING, _OWNER),
+        (TaskState.DONE, "requeue"): _to(TaskState.PENDING, _OWNER),
+    },
+    LeaseState: {
+        (LeaseState.LIVE, "release"): _to(LeaseState.RELEASED, _WORKER),
+        (LeaseState.LIVE, "expire"): _to(LeaseState.EXPIRED, _COORDINATOR),
+        (LeaseState.LIVE, "revoke"): _to(LeaseState.REVOKED, _OWNER),
+    },
+    CheckpointState: {
+        (CheckpointState.UPLOADING, "commit"): _to(CheckpointState.COMMITTED, _WORKER),
+        (CheckpointState.UPLOADING, "reject"): _to(CheckpointState.REJECTED, _COORDINATOR),
+        (CheckpointState.UPLOADING, "prune"): _to(CheckpointState.PRUNED, _COORDINATOR),
+        (CheckpointState.COMMITTED, "accept"): _to(CheckpointState.ACCEPTED, _COORDINATOR),
+        (CheckpointState.COMMITTED, "reject"): _to(CheckpointState.REJECTED, _COORDINATOR),
+        (CheckpointState.COMMITTED, "prune"): _to(CheckpointState.PRUNED, _COORDINATOR),
+        (CheckpointState.REJECTED, "prune"): _to(CheckpointState.PRUNED, _COORDINATOR),
+        (CheckpointState.ACCEPTED, "prune"): _to(CheckpointState.PRUNED, _COORDINATOR),
+    },
 }
 
 
 def transition(state: State, event: str) -> State:
     """Where `event` leads from `state`. Raises InvalidState, saying what is possible instead."""
-    found = TRANSITIONS.get((state, event))
+    table = TRANSITIONS[type(state)]
+    found = table.get((state, event))
     if found is None:
-        possible = sorted(name for origin, name in TRANSITIONS if origin is state)
+        possible = sorted(name for origin, name in table if origin is state)
         kind = type(state).__name__.removesuffix("State").lower()
         raise InvalidState(
             f"a {kind} in state {state} cannot {event.replace('_', ' ')}; possible: {', '.join(possible) or 'nothing'}",
@@ -151,4 +161,4 @@ def transition(state: State, event: str) -> State:
 
 def sources(kind: type[RunState] | type[TaskState] | type[LeaseState] | type[CheckpointState], event: str) -> list[str]:
     """The states from which `event` is possible: what a guarded update compares with."""
-    return [state.value for state, name in TRANSITIONS if isinstance(state, kind) and name == event]
+    return [state.value for state, name in TRANSITIONS[kind] if name == event]

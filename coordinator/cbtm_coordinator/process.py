@@ -14,6 +14,8 @@ from rich.console import Console
 from cbtm_coordinator.config import ADDRESS_NAME, JOIN_TOKEN_NAME, CoordinatorConfig
 from cbtm_coordinator.server import Coordinator
 
+_ALL_INTERFACES = ("0.0.0.0", "::")  # noqa: S104  # compared
+
 
 def run_until_signalled(config: CoordinatorConfig) -> int:
     """Serves until SIGTERM or SIGINT; the exit code of the process."""
@@ -29,8 +31,8 @@ def run_until_signalled(config: CoordinatorConfig) -> int:
     coordinator = Coordinator(config)
     coordinator.start()
     address = config.data_dir / ADDRESS_NAME
-    local_host = "127.0.0.1" if config.host in ("0.0.0.0", "::", "") else config.host  # noqa: S104  # compared
-    address.write_text(f"{local_host}:{coordinator.port}\n", "utf-8")
+    local_host = "127.0.0.1" if config.host in _ALL_INTERFACES else config.host
+    address.write_text(f"{_bracketed(local_host)}:{coordinator.port}\n", "utf-8")
     _announce(config, coordinator)
     stop.wait()
     sys.stderr.write("stopping: no new calls, those in progress finish (again to leave at once)\n")
@@ -40,7 +42,7 @@ def run_until_signalled(config: CoordinatorConfig) -> int:
 
 def _announce(config: CoordinatorConfig, coordinator: Coordinator) -> None:
     console = Console(highlight=False, soft_wrap=True)
-    host = config.advertise_host or guess_host(config.host)
+    host = _bracketed(config.advertise_host or guess_host(config.host))
     console.print(f"gRPC on {config.host}:{coordinator.port}", end="")
     console.print(f", objects on {config.host}:{coordinator.http_port}" if coordinator.http_port else "")
     token_path = config.data_dir / JOIN_TOKEN_NAME
@@ -50,9 +52,14 @@ def _announce(config: CoordinatorConfig, coordinator: Coordinator) -> None:
     sys.stdout.flush()
 
 
+def _bracketed(host: str) -> str:
+    """As it stands before a port."""
+    return f"[{host}]" if ":" in host else host
+
+
 def guess_host(bound: str) -> str:
     """The address under which others probably reach this machine."""
-    if bound not in ("0.0.0.0", "::", ""):  # noqa: S104  # compared
+    if bound not in _ALL_INTERFACES:
         return bound
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:

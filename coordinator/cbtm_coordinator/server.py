@@ -52,6 +52,8 @@ class Coordinator:
 
     def __init__(self, config: CoordinatorConfig) -> None:
         self.config = config
+        if not config.data_dir.is_dir():
+            raise InvalidState(f"data_dir: there is no folder {config.data_dir}; run `cbtm-coord init` for it first")
         self.store = open_registry(config)
         key = load_or_create_key(config.data_dir / SIGNING_KEY_NAME)
         self.objects = open_object_store(
@@ -108,9 +110,11 @@ class Coordinator:
     def _bind(self) -> int:
         host, port = self.config.host, self.config.port
         try:
-            return int(self._grpc.add_insecure_port(f"{host}:{port}"))
+            return int(self._grpc.add_insecure_port(f"[{host}]:{port}" if ":" in host else f"{host}:{port}"))
         except RuntimeError as error:
-            raise Unavailable(f"port: {host}:{port} cannot be bound; is another coordinator running?") from error
+            raise Unavailable(
+                f"port: {host}:{port} cannot be bound; is another coordinator running? --port takes another"
+            ) from error
 
     def _serve_http(self) -> int:
         import uvicorn
@@ -118,12 +122,15 @@ class Coordinator:
         from cbtm_coordinator.storage.http_app import make_app
 
         assert isinstance(self.objects, LocalStore)
-        listener = socket.socket()
+        listener = socket.socket(socket.AF_INET6 if ":" in self.config.host else socket.AF_INET)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listener.bind((self.config.host, self.config.http_port))
         except OSError as error:
-            raise Unavailable(f"http_port: {self.config.host}:{self.config.http_port}: {error.strerror}") from error
+            raise Unavailable(
+                f"http_port: {self.config.host}:{self.config.http_port} cannot be bound ({error.strerror}); "
+                "--http-port takes another"
+            ) from error
         settings = uvicorn.Config(
             make_app(self.objects), log_level="warning", access_log=False, timeout_keep_alive=75, lifespan="off"
         )
@@ -156,6 +163,7 @@ class Coordinator:
 def open_registry(config: CoordinatorConfig) -> Store:
     """The registry, checked to be of this version. Raises InvalidState, saying what to run."""
     store = Store(config.registry_url, pool_size=config.threads)
+    store.ping()
     current, head = migrations.current_and_head(store.engine)
     if current is None:
         raise InvalidState("the registry is empty: run `cbtm-coord init` (or `cbtm-coord db upgrade`) first")
@@ -165,5 +173,4 @@ def open_registry(config: CoordinatorConfig) -> Store:
 
 
 def _seconds(value: float) -> timedelta:
-
     return timedelta(seconds=value)

@@ -16,15 +16,17 @@ def initialise(config: CoordinatorConfig) -> bool:
     """Whether anything had to be made. Secrets are readable by their owner alone."""
     config.data_dir.mkdir(parents=True, exist_ok=True)
     store = Store(config.registry_url)
+    store.ping()
     migrations.upgrade(store.engine)
     load_or_create_key(config.data_dir / SIGNING_KEY_NAME)
     made = False
     for name, role in ((ADMIN_TOKEN_NAME, "ADMIN"), (JOIN_TOKEN_NAME, "WORKER")):
         path = config.data_dir / name
-        if path.exists():
-            continue
-        secret = new_secret(role.lower())
+        # A file whose secret the registry never knew: a crash came between the two, or the registry is a new one.
+        secret = path.read_text("utf-8").strip() if path.exists() else new_secret(role.lower())
         with store.writing() as tx:
+            if identities.knows_secret(tx, hash_secret(secret)):
+                continue
             identities.create_token(
                 tx,
                 store.now(),

@@ -122,7 +122,8 @@ def _watch(connection: Connection, processes: Processes, console: Console) -> No
             processes.check()
             facts = [run_facts(connection, name) for name in (RUN, BASELINE)]
             live.update(Group(*(render_run(f) for f in facts)), refresh=True)
-            line = "  ".join(f"{f['run']}: {f['state']} {100 * f['trained_share']:.0f} %" for f in facts)
+            # Elsewhere than on a terminal, a line every five percent.
+            line = "  ".join(f"{f['run']}: {f['state']} {5 * int(20 * f['trained_share'])} %" for f in facts)
             if not console.is_terminal and line != last:
                 console.print(line, highlight=False)
                 last = line
@@ -164,9 +165,9 @@ def _evaluate(target: str, token: str, out: Path, console: Console) -> dict[str,
 
 def _what_next(console: Console, out: Path, seconds: float) -> None:
     console.print(f"\nAll of it took {human_seconds(seconds)}; {out}/report.json has the numbers. Try next:")
-    console.print(f"  cbtm generate {out}/ensemble 'It was a'            # the ensemble, without a coordinator")
-    console.print(f"  cbtm route {out}/ensemble 'let mut x = 3;'         # which experts a text goes to")
-    console.print(f"  cbtm-coord serve --data-dir {out}/coordinator      # the coordinator again; then, beside it:")
+    console.print(f"  cbtm generate 'It was a' --ensemble {out}/ensemble   # the ensemble, without a coordinator")
+    console.print(f"  cbtm route 'let mut x = 3;' --ensemble {out}/ensemble # which experts a text goes to")
+    console.print(f"  cbtm-coord serve --data-dir {out}/coordinator         # the coordinator again; then, beside it:")
     console.print(f"  cbtm-coord cluster show 0 --run {RUN} --data-dir {out}/coordinator")
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 Float64 = npt.NDArray[np.float64]
+_FEW = 8
 
 
 class Distance(StrEnum):
@@ -31,18 +32,40 @@ def mixture_weights(
     """
     exponents = squared_distances**2 if distance is Distance.QUARTIC else squared_distances
     logits = -exponents / temperature
-    logits -= logits.max(axis=1, keepdims=True)
-    weights = np.exp(logits)
-    weights /= weights.sum(axis=1, keepdims=True)
-    return keep_top(weights, top_k)
+    if top_k is None or top_k >= logits.shape[1]:
+        return _softmax(logits)
+    # The top k by weight are the top k by logit, so only they are exponentiated.
+    order = _top_indices(logits, top_k)
+    weights = np.zeros_like(logits)
+    np.put_along_axis(weights, order, _softmax(np.take_along_axis(logits, order, axis=1)), axis=1)
+    return weights
 
 
 def keep_top(weights: Float64, top_k: int | None) -> Float64:
     """Keeps the k greatest of each row [N, K] and renormalises; of equals, the lower index."""
     if top_k is None or top_k >= weights.shape[1]:
         return weights
-    order = np.argsort(-weights, axis=1, kind="stable")[:, :top_k]
+    order = _top_indices(weights, top_k)
     kept = np.zeros_like(weights)
     np.put_along_axis(kept, order, np.take_along_axis(weights, order, axis=1), axis=1)
     kept /= kept.sum(axis=1, keepdims=True)
     return kept
+
+
+def _softmax(logits: Float64) -> Float64:
+    weights: Float64 = np.exp(logits - logits.max(axis=1, keepdims=True))
+    weights /= weights.sum(axis=1, keepdims=True)
+    return weights
+
+
+def _top_indices(values: Float64, top_k: int) -> npt.NDArray[np.int64]:
+    """Columns of the k greatest of each row, [N, k], the greatest first; of equals, the lower column."""
+    if top_k > _FEW:
+        return np.argsort(-values, axis=1, kind="stable")[:, :top_k]
+    # A pass for each is faster than a sort of all.
+    left = values.copy()
+    order = np.empty((len(values), top_k), dtype=np.int64)
+    for place in range(top_k):
+        order[:, place] = left.argmax(axis=1)
+        np.put_along_axis(left, order[:, place : place + 1], -np.inf, axis=1)
+    return order

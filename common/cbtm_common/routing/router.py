@@ -221,6 +221,7 @@ class CentroidRouter:
         from safetensors.numpy import load_file
 
         tensors = load_file(str(directory / TENSORS_NAME))
+        _check_saved(directory, about, tensors)
         return cls(
             cluster_ids=about["cluster_ids"],
             embedding=TermEmbedding(about["terms"], tensors["projection"]),
@@ -228,6 +229,24 @@ class CentroidRouter:
             prior=tensors["prior"],
             temperature=float(about["temperature"]),
         )
+
+
+def _check_saved(directory: Path, about: dict[str, Any], tensors: dict[str, npt.NDArray[Any]]) -> None:
+    """What the constructor takes for granted, of files that came from elsewhere. Raises IntegrityError."""
+    for name in ("terms", "cluster_ids"):
+        listed = about[name]
+        if not (isinstance(listed, list) and all(isinstance(item, str) for item in listed)):
+            raise IntegrityError(f"{directory}: {name} is not a list of names")
+        if len(set(listed)) != len(listed):
+            raise IntegrityError(f"{directory}: a name appears twice in {name}")
+    if not 0 < float(about["temperature"]) < float("inf"):
+        raise IntegrityError(f"{directory}: temperature {about['temperature']} is not above 0")
+    for name, rank in (("projection", 2), ("centroids", 2), ("prior", 1)):
+        tensor = tensors[name]
+        if tensor.ndim != rank or tensor.dtype != np.float32 or not np.isfinite(tensor).all():
+            raise IntegrityError(f"{directory}: {name} is not {rank}-dimensional float32 of finite numbers")
+    if (tensors["prior"] < 0).any() or not tensors["prior"].sum() > 0:
+        raise IntegrityError(f"{directory}: prior is not a distribution")
 
 
 def load_router(directory: Path) -> CentroidRouter:
@@ -239,5 +258,5 @@ def load_router(directory: Path) -> CentroidRouter:
         if about["format"] != FORMAT or about["kind"] != "centroid":
             raise IntegrityError(f"{directory}: a router of format {about['format']!r}, kind {about['kind']!r}")
         return CentroidRouter.load(directory, about)
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
         raise IntegrityError(f"{directory}: no readable router: {error!r}") from error

@@ -110,7 +110,8 @@ def show(
 
 @app.command()
 def requeue(
-    index: Annotated[int, typer.Argument(help="Number of the cluster; -1 for the seed (after `--`).")],
+    index: Annotated[int | None, typer.Argument(help="Number of the cluster.")] = None,
+    seed: Annotated[bool, typer.Option("--seed", help="The seed's task instead of a cluster's.")] = False,
     run: Run = None,
     from_start: Annotated[bool, typer.Option("--from-start", help="Drop its checkpoints.")] = False,
     coordinator: Coordinator = None,
@@ -121,9 +122,14 @@ def requeue(
     from cbtm_api.v1 import admin_service_pb2 as ad
     from cbtm_common.ids import new_request_id
 
+    if (index is None) == (not seed):
+        raise InvalidArgument("index: pass the number of a cluster, or --seed", field="index")
     with open_connection(coordinator, token, data_dir) as connection:
         request = ad.RequeueTaskRequest(
-            request_id=new_request_id(), run=find_run(connection, run), cluster_index=index, from_start=from_start
+            request_id=new_request_id(),
+            run=find_run(connection, run),
+            cluster_index=-1 if index is None else index,
+            from_start=from_start,
         )
         task = connection.admin.RequeueTask(request).task
     typer.echo(f"{task.id} is open again, from step {task.committed_step:,} of {task.total_steps:,}")

@@ -15,12 +15,13 @@ def upgrade(data_dir: DataDir = None, database_url: DatabaseUrl = None) -> None:
     """Bring the registry's schema to this version. Stop coordinators first."""
     from cbtm_coordinator import migrations
     from cbtm_coordinator.config import load_config
-    from cbtm_coordinator.store.database import open_engine
+    from cbtm_coordinator.store import Store
 
-    engine = open_engine(load_config(data_dir=data_dir, database_url=database_url).registry_url)
-    before, head = migrations.current_and_head(engine)
-    migrations.upgrade(engine)
-    engine.dispose()
+    store = Store(load_config(data_dir=data_dir, database_url=database_url).registry_url)
+    store.ping()
+    before, head = migrations.current_and_head(store.engine)
+    migrations.upgrade(store.engine)
+    store.close()
     typer.echo(f"revision {before or 'none'} -> {head}")
 
 
@@ -29,12 +30,13 @@ def check(data_dir: DataDir = None, database_url: DatabaseUrl = None) -> None:
     """Say whether the registry's schema is this version's; exit code 1 when it is not."""
     from cbtm_coordinator import migrations
     from cbtm_coordinator.config import load_config
-    from cbtm_coordinator.store.database import open_engine
+    from cbtm_coordinator.store import Store
 
-    engine = open_engine(load_config(data_dir=data_dir, database_url=database_url).registry_url)
-    current, head = migrations.current_and_head(engine)
-    differences = migrations.differences(engine) if current == head else []
-    engine.dispose()
+    store = Store(load_config(data_dir=data_dir, database_url=database_url).registry_url)
+    store.ping()
+    current, head = migrations.current_and_head(store.engine)
+    differences = migrations.differences(store.engine) if current == head else []
+    store.close()
     if current != head:
         typer.echo(f"revision {current or 'none'}, this version needs {head}: run `cbtm-coord db upgrade`")
         raise typer.Exit(1)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import contextlib
+import json
+from typing import Annotated, Any
 
 import typer
 
@@ -23,35 +25,45 @@ def events(
     data_dir: DataDir = None,
     as_json: Json = False,
 ) -> None:
-    """Show what happened to runs, tasks, leases, checkpoints and workers."""
+    """Show what happened to runs, tasks, leases, checkpoints and workers.
+
+    With --json an array; with --follow too, one object a line.
+    """
     import threading
 
     from cbtm_api.v1 import admin_service_pb2 as ad
 
     after = 0
     wait = threading.Event()
-    with open_connection(coordinator, token, data_dir) as connection:
+    # Ctrl-C is how following ends, no failure.
+    with (
+        contextlib.suppress(KeyboardInterrupt) if follow else contextlib.nullcontext(),
+        open_connection(coordinator, token, data_dir) as connection,
+    ):
         while True:
             answer = connection.admin.ListEvents(
                 ad.ListEventsRequest(run=run, task_id=task, worker_id=worker, after_id=after, page_size=limit)
             )
+            if as_json and not follow:
+                show_json([_fields(event) for event in answer.events])
+                return
             for event in answer.events:
                 after = event.id
-                _show(event, as_json)
+                typer.echo(json.dumps(_fields(event)) if as_json else _line(_fields(event)))
             if not follow:
                 return
             if not answer.events:
                 wait.wait(_FOLLOW_SECONDS)
 
 
-def _show(event: object, as_json: bool) -> None:
+def _fields(event: Any) -> dict[str, Any]:
     from google.protobuf.json_format import MessageToDict
 
-    fields = MessageToDict(event, preserving_proto_field_name=True)  # type: ignore[arg-type]
-    if as_json:
-        show_json(fields)
-        return
+    return MessageToDict(event, preserving_proto_field_name=True)
+
+
+def _line(fields: dict[str, Any]) -> str:
     detail = " ".join(f"{k}={v}" for k, v in fields.get("detail", {}).items())
     about = " ".join(fields[k] for k in ("task_id", "worker_id") if k in fields)
     parts = (fields["event_time"][:19], f"{fields['kind']:<22}", about, fields.get("reason", ""), detail)
-    typer.echo("  ".join(part for part in parts if part))
+    return "  ".join(part for part in parts if part)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from cbtm_common.cli import human_seconds, show_json, show_table
+from cbtm_common.errors import RETRYABLE
 from cbtm_coordinator.cli.options import AdminToken, Coordinator, DataDir, Json, open_connection
 
 if TYPE_CHECKING:
     from rich.console import Group
 
+    from cbtm_api.v1 import resources_pb2 as pb
     from cbtm_common.rpc import Connection
 
 _WATCH_SECONDS = 2.0
@@ -44,37 +48,48 @@ def status(
 def _watch(connection: Connection, run: str | None) -> None:
     import threading
 
+    from rich.console import Group, RenderableType
     from rich.live import Live
+    from rich.text import Text
 
-    names = [run] if run else [row[0] for row in _run_rows(connection)]
     wait = threading.Event()
-    with Live(auto_refresh=False) as live:
+    shown: RenderableType = ""
+    # Ctrl-C is how watching ends, no failure.
+    with contextlib.suppress(KeyboardInterrupt), Live(auto_refresh=False) as live:
         while True:
-            from rich.console import Group
-
-            live.update(Group(*(render_run(run_facts(connection, name)) for name in names)), refresh=True)
+            try:
+                names = [run] if run else [r.name for r in _list_runs(connection)]
+                shown = Group(*(render_run(run_facts(connection, name)) for name in names))
+                live.update(shown, refresh=True)
+            except RETRYABLE as error:
+                # A coordinator that restarts does not end the watching.
+                live.update(Group(shown, Text(f"{error.message}; trying again", style="yellow")), refresh=True)
             wait.wait(_WATCH_SECONDS)
 
 
 def _run_rows(connection: Connection) -> list[list[Any]]:
+    rows: list[list[Any]] = []
+    for r in _list_runs(connection):
+        facts = run_facts(connection, r.id)
+        done, count = facts["done_tasks"], len(facts["tasks"])
+        remaining = facts["estimated_remaining_seconds"]
+        left = human_seconds(remaining) if remaining is not None else None
+        progress = f"{100 * facts['trained_share']:.0f} %"
+        state = facts["state"] + (" (paused)" if facts["paused"] else "")
+        rows.append([r.name, state, r.cluster_count, f"{done}/{count}", progress, left, facts["workers"], r.reason])
+    return rows
+
+
+def _list_runs(connection: Connection) -> Iterator[pb.Run]:
     from cbtm_api.v1 import catalog_service_pb2 as cs
 
-    rows: list[list[Any]] = []
     page = ""
     while True:
         answer = connection.catalog.ListRuns(cs.ListRunsRequest(page_token=page))
-        for r in answer.runs:
-            facts = run_facts(connection, r.name)
-            done, count = facts["done_tasks"], len(facts["tasks"])
-            remaining = facts["estimated_remaining_seconds"]
-            left = human_seconds(remaining) if remaining is not None else None
-            progress = f"{100 * facts['trained_share']:.0f} %"
-            rows.append(
-                [r.name, facts["state"], r.cluster_count, f"{done}/{count}", progress, left, facts["workers"], r.reason]
-            )
+        yield from answer.runs
         page = answer.next_page_token
         if not page:
-            return rows
+            return
 
 
 def show_runs(connection: Connection, as_json: bool) -> None:

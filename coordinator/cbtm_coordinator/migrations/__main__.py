@@ -1,4 +1,4 @@
-"""`python -m cbtm_coordinator.migrations check | revision -m MESSAGE`: for developers and CI."""
+"""`python -m cbtm_coordinator.migrations check | upgrade --url URL | revision -m MESSAGE`: for developers and CI."""
 
 from __future__ import annotations
 
@@ -15,9 +15,17 @@ from cbtm_coordinator.store.database import open_engine
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m cbtm_coordinator.migrations", description=__doc__)
-    parser.add_argument("what", choices=["check", "revision"])
+    parser.add_argument("what", choices=["check", "upgrade", "revision"])
     parser.add_argument("-m", "--message", default="")
+    parser.add_argument("--url", default="", help="database to upgrade: sqlite:///PATH or postgresql://…")
     options = parser.parse_args()
+    if options.what == "upgrade":
+        if not options.url:
+            parser.error("upgrade needs --url")
+        engine = open_engine(options.url)
+        migrations.upgrade(engine)
+        engine.dispose()
+        return 0
     with tempfile.TemporaryDirectory() as scratch:
         engine = open_engine(f"sqlite:///{Path(scratch) / 'registry.db'}")
         migrations.upgrade(engine)

@@ -18,7 +18,7 @@ from cbtm_coordinator.lifecycle import RunState, TaskState
 from cbtm_coordinator.services import convert, paging
 from cbtm_coordinator.services.context import ServiceContext, checked_files
 from cbtm_coordinator.storage import finish_upload, verify
-from cbtm_coordinator.store import Connection, checkpoints, events, identities, runs, tasks
+from cbtm_coordinator.store import Connection, checkpoints, events, experts, identities, leases, requeue, runs, tasks
 from cbtm_coordinator.store.records import LeaseRecord, NewCluster, NewShard, RunRecord, TaskRecord
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -77,6 +77,9 @@ class AdminServicer(AdminServiceServicer):
         return ad.PrepareRunUploadResponse(uploads=[self._context.upload(f) for f in files])
 
     def RegisterClusters(self, request: ad.RegisterClustersRequest, context: Any) -> ad.RegisterClustersResponse:
+        first = self._context.first_answer(request, ad.RegisterClustersResponse)
+        if first is not None:
+            return first
         with self._store.reading() as tx:
             run = runs.get(tx, request.run_id)
         new = [_new_cluster(run, cluster) for cluster in request.clusters]
@@ -99,6 +102,9 @@ class AdminServicer(AdminServiceServicer):
         verify(self._context.objects, file)
 
     def StartRun(self, request: ad.StartRunRequest, context: Any) -> ad.StartRunResponse:
+        first = self._context.first_answer(request, ad.StartRunResponse)
+        if first is not None:
+            return first
         with self._store.reading() as tx:
             run = runs.get(tx, request.run_id)
             files = runs.files(tx, run)
@@ -165,7 +171,7 @@ class AdminServicer(AdminServiceServicer):
             runs.change_state(tx, now, run, "start_seeding", "")
             return
         base = [entry.file for entry in runs.files(tx, run, "BASE_MODEL")]
-        checkpoints.add_expert(tx, now, run_id=run.id, cluster_id=None, cluster_index=-1, files=base)
+        experts.add(tx, now, run_id=run.id, cluster_id=None, cluster_index=-1, files=base)
         runs.change_state(tx, now, run, "start_training", "")
 
     # Running it
@@ -188,26 +194,30 @@ class AdminServicer(AdminServiceServicer):
         return convert.run(runs.set_paused(tx, self._store.now(), runs.get(tx, run), paused))
 
     def DeleteRun(self, request: ad.DeleteRunRequest, context: Any) -> ad.DeleteRunResponse:
+        first = self._context.first_answer(request, ad.DeleteRunResponse)
+        if first is not None:
+            return first
         with self._store.reading() as tx:
             run_id = runs.get(tx, request.run).id
         objects = self._context.objects
+        # Not inside the transaction: a store may take long to list, and other writers would wait.
+        listed = list(objects.list(f"runs/{run_id}/"))
 
         def answer(tx: Connection) -> ad.DeleteRunResponse:
             runs.remove(tx, self._store.now(), runs.get(tx, run_id))
-            listed = list(objects.list(f"runs/{run_id}/"))
             return ad.DeleteRunResponse(deleted_objects=len(listed), deleted_bytes=sum(o.size for o in listed))
 
         response = self._context.once(request, ad.DeleteRunResponse, answer)
-        # After the rows are gone: what a crash leaves here is collected as orphans.
-        for listed in list(objects.list(f"runs/{run_id}/")):
-            objects.delete(listed.key)
+        # After the rows are gone: what a crash leaves here, or a worker still sends, is collected as orphans.
+        for found in listed:
+            objects.delete(found.key)
         return response
 
     def GetRunStatus(self, request: ad.GetRunStatusRequest, context: Any) -> ad.GetRunStatusResponse:
         with self._store.reading() as tx:
             run = runs.get(tx, request.run)
             found = tasks.list_tasks(tx, run.id)
-            live = tasks.live_leases(tx, [t.id for t in found])
+            live = leases.live_leases(tx, [t.id for t in found])
             names = identities.worker_names(tx, [lease.worker_id for lease in live.values()])
             newest = checkpoints.newest_committed(tx, [t.id for t in found])
             clusters = {c.id: c for c in runs.list_clusters(tx, run, limit=run.cluster_count)}
@@ -219,7 +229,8 @@ class AdminServicer(AdminServiceServicer):
                 status.lease.CopyFrom(convert.lease(lease, committed_step=task.committed_step))
                 status.worker_name = names.get(lease.worker_id, "")
             if task.id in newest:
-                status.checkpoint.CopyFrom(convert.checkpoint(newest[task.id]))
+                # Without its manifest: of a thousand tasks they would not fit into a message.
+                status.checkpoint.CopyFrom(convert.checkpoint(newest[task.id], files=False))
             if task.cluster_id in clusters:
                 status.cluster.CopyFrom(convert.cluster(clusters[task.cluster_id], examples=False))
         remaining = _remaining(run, found, live)
@@ -231,7 +242,7 @@ class AdminServicer(AdminServiceServicer):
         def answer(tx: Connection) -> ad.RequeueTaskResponse:
             run = runs.get(tx, request.run)
             task = tasks.task_of(tx, run, request.cluster_index)
-            done = tasks.requeue(tx, self._store.now(), run, task, from_start=request.from_start)
+            done = requeue.requeue_task(tx, self._store.now(), run, task, from_start=request.from_start)
             return ad.RequeueTaskResponse(task=convert.task(done))
 
         return self._context.once(request, ad.RequeueTaskResponse, answer)
@@ -242,7 +253,7 @@ class AdminServicer(AdminServiceServicer):
         size = paging.page_size(request.page_size)
         with self._store.reading() as tx:
             found = identities.list_workers(tx, after_id=paging.decode(request.page_token, ""), limit=size)
-            live = tasks.live_leases_of_workers(tx, [w.id for w in found])
+            live = leases.live_leases_of_workers(tx, [w.id for w in found])
         token = paging.encode(found[-1].id) if len(found) == size else ""
         return ad.ListWorkersResponse(
             workers=[convert.worker(w, live=live.get(w.id)) for w in found], next_page_token=token
@@ -253,7 +264,7 @@ class AdminServicer(AdminServiceServicer):
             now = self._store.now()
             reason = request.reason or "revoked by the run's owner"
             identities.set_revoked(tx, now, request.worker_id, reason)
-            tasks.revoke_leases(tx, now, reason=reason, worker_id=request.worker_id)
+            leases.revoke_leases(tx, now, reason=reason, worker_id=request.worker_id)
             return ad.RevokeWorkerResponse(worker=convert.worker(identities.get_worker(tx, request.worker_id)))
 
         return self._context.once(request, ad.RevokeWorkerResponse, answer)

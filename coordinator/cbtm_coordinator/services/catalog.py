@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import tempfile
 import threading
 from pathlib import Path
@@ -13,13 +14,14 @@ from cbtm_api.v1 import resources_pb2 as pb
 from cbtm_api.v1.catalog_service_pb2_grpc import CatalogServiceServicer
 from cbtm_common.errors import InvalidArgument, NotFound, PermissionDenied
 from cbtm_common.files import FileSpec, safe_join
+from cbtm_common.ids import cluster_id
 from cbtm_common.recipe import Recipe
 from cbtm_common.routing import Router, load_router
 from cbtm_coordinator.services import convert, paging
 from cbtm_coordinator.services.auth import Role, caller
 from cbtm_coordinator.services.context import ServiceContext
 from cbtm_coordinator.services.worker import convert_file
-from cbtm_coordinator.store import Connection, checkpoints, runs
+from cbtm_coordinator.store import Connection, experts, runs
 from cbtm_coordinator.store.records import RunRecord
 
 _MAX_TEXTS = 64
@@ -57,20 +59,23 @@ class CatalogServicer(CatalogServiceServicer):
         with self._store.reading() as tx:
             run = runs.get(tx, request.run)
             found = runs.list_clusters(tx, run, after=paging.decode(request.page_token, -1), limit=size)
-        token = paging.encode(found[-1].cluster_index) if len(found) == size else ""
-        return cs.ListClustersResponse(clusters=[convert.cluster(c) for c in found], next_page_token=token)
+        page = paging.fitting([convert.cluster(c) for c in found])
+        more = len(found) == size or len(page) < len(found)
+        return cs.ListClustersResponse(
+            clusters=page, next_page_token=paging.encode(page[-1].index) if page and more else ""
+        )
 
     def ListExperts(self, request: cs.ListExpertsRequest, context: Any) -> cs.ListExpertsResponse:
         with self._store.reading() as tx:
             run = runs.get(tx, request.run)
-            found = checkpoints.current_experts(tx, run.id)
+            found = experts.current(tx, run.id)
         size = paging.page_size(request.page_size)
         after = paging.decode(request.page_token, -2)
-        page = [e for e in found if e.cluster_index > after][:size]
+        page = paging.fitting([convert.expert(e) for e in found if e.cluster_index > after][:size])
         version = hashlib.sha256(" ".join(e.id for e in found).encode()).hexdigest()[:16]
-        more = bool(page) and page[-1] is not found[-1]
+        more = bool(page) and page[-1].id != found[-1].id
         return cs.ListExpertsResponse(
-            experts=[convert.expert(e) for e in page],
+            experts=page,
             next_page_token=paging.encode(page[-1].cluster_index) if more else "",
             catalog_version=version,
         )
@@ -118,16 +123,26 @@ class CatalogServicer(CatalogServiceServicer):
         return [
             *(convert_file(shard.key, shard.size, shard.sha256) for _, shard in shards),
             *(f.file for f in runs.files(tx, run)),
-            *(f for expert in checkpoints.current_experts(tx, run.id) for f in expert.files),
+            *(f for expert in experts.current(tx, run.id) for f in expert.files),
         ]
 
     def Route(self, request: cs.RouteRequest, context: Any) -> cs.RouteResponse:
         size = sum(len(text.encode()) for text in request.texts)
         if not 1 <= len(request.texts) <= _MAX_TEXTS or size > _MAX_TEXT_BYTES:
             raise InvalidArgument(f"texts: 1 to {_MAX_TEXTS}, together at most 1 MiB", field="texts")
+        if request.top_k < 0:
+            raise InvalidArgument(f"top_k: {request.top_k} is negative; 0 is for all", field="top_k")
+        if not 0 <= request.temperature < math.inf:
+            raise InvalidArgument(
+                f"temperature: {request.temperature} is not a positive number; 0 is for the run's", field="temperature"
+            )
         with self._store.reading() as tx:
             run = runs.get(tx, request.run)
             entries = runs.files(tx, run, "CLUSTERING")
+        if run.baseline_of:
+            # It has the clustering of the run it stands beside, but one expert for all of it.
+            whole = cs.ClusterWeight(cluster_id=cluster_id(run.id, 0), cluster_index=0, weight=1.0)
+            return cs.RouteResponse(routings=[cs.Routing(weights=[whole]) for _ in request.texts])
         router = self._router(run, [e.file for e in entries])
         default = Recipe.from_json(run.recipe_json).routing.temperature
         weights = router.weights(

@@ -8,9 +8,8 @@ matters: a coordinator that dies here leaves an UPLOADING checkpoint, and the ne
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from concurrent.futures import TimeoutError as FutureTimeout
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 from cbtm_common.errors import IntegrityError
 from cbtm_common.faults import point
@@ -19,37 +18,54 @@ from cbtm_coordinator.storage import ObjectStore, discard, finish_upload, verify
 
 
 class Verifier:
-    """Checks the objects of checkpoints on `threads` threads, each checkpoint once at a time."""
+    """Checks the objects of checkpoints on `threads` threads, each checkpoint once at a time.
 
-    def __init__(self, objects: ObjectStore, *, part_size: int, threads: int = 4) -> None:
+    At most `waiters` calls wait for a check at once, the others are told to ask again: a call that waits holds a
+    thread of the server, and renewals need those.
+    """
+
+    def __init__(self, objects: ObjectStore, *, part_size: int, threads: int = 4, waiters: int = 8) -> None:
         self._objects = objects
         self._part_size = part_size
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="verify")
-        self._running: dict[str, Future[None]] = {}
+        # Checkpoint id to the files that are being checked, or were since it was last asked for, and the outcome.
+        self._checks: dict[str, tuple[tuple[FileSpec, ...], Future[None]]] = {}
         self._lock = threading.Lock()
+        self._waiting = threading.Semaphore(waiters)
 
     def wait(self, checkpoint_id: str, files: Sequence[FileSpec], timeout: float) -> bool:
-        """Whether all is checked within `timeout` seconds; False while the check goes on.
+        """Whether all of `files` are checked within `timeout` seconds; False while the check goes on.
 
         Raises NotFound for what is missing, IntegrityError for what is wrong (and removes it, so that a new upload of
         the right bytes is possible).
         """
+        wanted = tuple(files)
         with self._lock:
-            future = self._running.get(checkpoint_id)
+            checked, future = self._checks.get(checkpoint_id, (wanted, None))
+            if checked != wanted:
+                # Announced anew with other bytes. An old check still running removes what it takes for wrong, so the
+                # new one begins when that has ended.
+                if future is not None and not future.done():
+                    return False
+                future = None
             if future is None:
-                future = self._pool.submit(self._check, files)
-                self._running[checkpoint_id] = future
-        try:
-            future.result(timeout)
-        except FutureTimeout:
-            if not future.done():
-                return False
-            raise
-        finally:
-            if future.done():
-                with self._lock:
-                    self._running.pop(checkpoint_id, None)
+                future = self._pool.submit(self._check, wanted)
+                self._checks[checkpoint_id] = wanted, future
+        if not self._ended(future, timeout):
+            return False
+        with self._lock:
+            if self._checks.get(checkpoint_id) == (wanted, future):
+                del self._checks[checkpoint_id]
+        future.result()
         return True
+
+    def _ended(self, future: Future[None], timeout: float) -> bool:
+        if not self._waiting.acquire(blocking=False):
+            return future.done()
+        try:
+            return bool(wait([future], timeout).done)
+        finally:
+            self._waiting.release()
 
     def _check(self, files: Sequence[FileSpec]) -> None:
         for file in files:
@@ -62,5 +78,6 @@ class Verifier:
                 discard(self._objects, file)
                 raise
 
-    def close(self, *, wait: Callable[[], bool] = lambda: True) -> None:
-        self._pool.shutdown(wait=wait(), cancel_futures=True)
+    def close(self) -> None:
+        """Finishes the checks that run, drops those that wait: workers will ask the next process."""
+        self._pool.shutdown(wait=True, cancel_futures=True)

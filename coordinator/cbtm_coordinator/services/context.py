@@ -52,6 +52,17 @@ class ServiceContext:
         )
         return make.FromString(data)
 
+    def first_answer(self, request: Message, make: type[_Response]) -> _Response | None:
+        """What `once` answered to this very request before. For mutations with work before their transaction, which a
+        retry must not do again, or could no longer do.
+        """
+        data = self.store.first_answer(
+            request.request_id,  # type: ignore[attr-defined]  # every mutation's request has one
+            make.DESCRIPTOR.name,
+            caller.get().id,
+        )
+        return None if data is None else make.FromString(data)
+
     def download(self, files: Iterable[FileSpec], keys: Sequence[str]) -> list[pb.Download]:
         """Signed GETs of `keys`, each of which must be one of `files`."""
         if len(keys) > MAX_KEYS:

@@ -107,7 +107,7 @@ def lease(record: LeaseRecord, *, committed_step: int = 0) -> pb.Lease:
     )
 
 
-def checkpoint(record: CheckpointRecord) -> pb.Checkpoint:
+def checkpoint(record: CheckpointRecord, *, files: bool = True) -> pb.Checkpoint:
     return pb.Checkpoint(
         id=record.id,
         task_id=record.task_id,
@@ -115,7 +115,7 @@ def checkpoint(record: CheckpointRecord) -> pb.Checkpoint:
         epoch=record.epoch,
         step=record.step,
         state=pb.CheckpointState.Value(f"CHECKPOINT_STATE_{record.state}"),
-        files=[f.to_proto() for f in record.files],
+        files=[f.to_proto() for f in record.files] if files else [],
         final=record.final,
         create_time=timestamp(record.create_time),
         commit_time=timestamp(record.commit_time),

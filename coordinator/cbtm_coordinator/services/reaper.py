@@ -13,8 +13,9 @@ from datetime import timedelta
 
 from cbtm_common.errors import CbtmError, NotFound
 from cbtm_common.faults import point
+from cbtm_coordinator.lifecycle import RunState
 from cbtm_coordinator.storage import ObjectStore
-from cbtm_coordinator.store import Store, checkpoints, events, runs, tasks
+from cbtm_coordinator.store import Store, checkpoints, events, leases, runs
 
 _log = logging.getLogger(__name__)
 _RUN_KEY = re.compile(r"runs/(run_[0-9a-z]+)/")
@@ -56,6 +57,8 @@ class Reaper:
             except CbtmError as error:
                 # The database or the store is away; the next round tries again.
                 _log.warning("housekeeping: %s", error.message)
+            except Exception:  # noqa: BLE001  # without this thread no lease would ever expire
+                _log.exception("housekeeping failed; the next round tries again")
 
     def tick(self) -> None:
         """One round."""
@@ -69,11 +72,11 @@ class Reaper:
     def expire_leases(self) -> int:
         """Expires what is due; each lease in a transaction of its own."""
         with self._store.reading() as tx:
-            due = tasks.due_leases(tx, self._store.now())
+            due = leases.due_leases(tx, self._store.now())
         expired = 0
         for row in due:
             with self._store.writing() as tx:
-                lease = tasks.expire(tx, self._store.now(), row)
+                lease = leases.expire(tx, self._store.now(), row)
             point("coordinator.expire.after_commit")
             if lease is not None:
                 expired += 1
@@ -108,7 +111,8 @@ class Reaper:
                 self._objects.delete(listed.key)
                 orphans += 1
         for upload in list(self._objects.list_multipart("runs/")) + list(self._objects.list_multipart("scratch/")):
-            if upload.started < before:
+            # One that a row knows may go on for days, over a slow link.
+            if upload.started < before and not self._is_known(upload.key):
                 self._objects.abort_multipart(upload.key, upload.upload_id)
                 orphans += 1
         if orphans:
@@ -125,6 +129,9 @@ class Reaper:
                 record = runs.get(tx, run.group(1))
             except NotFound:
                 return False
+            if record.state is RunState.DRAFT:
+                # Its shards are sent first and registered last, which may take days.
+                return True
             part = _TASK_KEY.match(key)
             if part is not None:
                 task_id, epoch, step = part.groups()

@@ -23,7 +23,7 @@ from cbtm_coordinator.services import convert, paging
 from cbtm_coordinator.services.auth import caller
 from cbtm_coordinator.services.commit import Verifier
 from cbtm_coordinator.services.context import ServiceContext, checked_files
-from cbtm_coordinator.store import Connection, checkpoints, events, identities, runs, tasks
+from cbtm_coordinator.store import Connection, checkpoints, events, experts, identities, leases, runs, tasks
 from cbtm_coordinator.store.records import LeaseRecord, Progress, RunRecord, TaskRecord
 from cbtm_coordinator.store.runs import TRAIN
 
@@ -78,7 +78,7 @@ class WorkerServicer(WorkerServiceServicer):
             worker = identities.get_worker(tx, worker_id)
             if worker.not_before_time is not None and worker.not_before_time > now:
                 return ws.AcquireLeaseResponse(retry_after=duration(worker.not_before_time - now), reason=worker.reason)
-            claimed = tasks.acquire(tx, now, worker_id, run_id=run_id)
+            claimed = leases.acquire(tx, now, worker_id, run_id=run_id)
             if claimed is None:
                 return self._nothing(tx, run_id)
             point("coordinator.acquire.before_commit")
@@ -90,7 +90,7 @@ class WorkerServicer(WorkerServiceServicer):
         return response
 
     def _nothing(self, tx: Connection, run_id: str | None) -> ws.AcquireLeaseResponse:
-        open_tasks = tasks.count_open(tx, run_id=run_id)
+        open_tasks = tasks.count_open(tx, run_id=run_id, worker_id=caller.get().id)
         reason = f"{open_tasks} task(s) are taken or not open yet" if open_tasks else "there is no work left"
         return ws.AcquireLeaseResponse(
             retry_after=duration(poll_after(open_tasks=open_tasks)), reason=reason, idle=not open_tasks
@@ -116,7 +116,7 @@ class WorkerServicer(WorkerServiceServicer):
     def _base_model(self, tx: Connection, run: RunRecord, task: TaskRecord) -> list[FileSpec]:
         """What the task branches from: the run's seed for an expert, its base model for the seed itself."""
         if task.kind is TaskKind.EXPERT:
-            for expert in checkpoints.current_experts(tx, run.id):
+            for expert in experts.current(tx, run.id):
                 if expert.cluster_id is None:
                     return expert.files
         return [f.file for f in runs.files(tx, run, "BASE_MODEL")]
@@ -125,7 +125,7 @@ class WorkerServicer(WorkerServiceServicer):
         # Not recorded by request_id: a renewal repeated is a renewal, and there are ten thousand a minute.
         given = request.progress
         with self._store.writing() as tx:
-            lease, told = tasks.renew(
+            lease, told = leases.renew(
                 tx,
                 self._store.now(),
                 lease_id=request.lease_id,
@@ -188,7 +188,7 @@ class WorkerServicer(WorkerServiceServicer):
         ]
 
     def _held(self, tx: Connection, lease_id: str, epoch: int) -> tuple[LeaseRecord, TaskRecord]:
-        return tasks.require(tx, lease_id, epoch, caller.get().id)
+        return leases.require(tx, lease_id, epoch, caller.get().id)
 
     def PrepareUpload(self, request: ws.PrepareUploadRequest, context: Any) -> ws.PrepareUploadResponse:
         with self._store.writing() as tx:
@@ -209,6 +209,9 @@ class WorkerServicer(WorkerServiceServicer):
 
     def CommitCheckpoint(self, request: ws.CommitCheckpointRequest, context: Any) -> ws.CommitCheckpointResponse:
         worker_id = caller.get().id
+        first = self._context.first_answer(request, ws.CommitCheckpointResponse)
+        if first is not None:
+            return first
         with self._store.reading() as tx:
             checkpoint, task = checkpoints.committable(
                 tx,
@@ -235,7 +238,7 @@ class WorkerServicer(WorkerServiceServicer):
         point("coordinator.commit.after_verify")
 
         def answer(tx: Connection) -> ws.CommitCheckpointResponse:
-            current, _ = checkpoints.committable(
+            checkpoints.committable(
                 tx,
                 checkpoint_id=request.checkpoint_id,
                 lease_id=request.lease_id,
@@ -243,7 +246,7 @@ class WorkerServicer(WorkerServiceServicer):
                 worker_id=worker_id,
             )
             done, after = checkpoints.commit(
-                tx, self._store.now(), checkpoint=current, metrics=from_struct(request.metrics)
+                tx, self._store.now(), checkpoint=checkpoint, metrics=from_struct(request.metrics)
             )
             point("coordinator.commit.before_commit")
             return ws.CommitCheckpointResponse(
@@ -275,7 +278,7 @@ class WorkerServicer(WorkerServiceServicer):
             raise InvalidArgument("release_reason: is not set", field="release_reason")
 
         def answer(tx: Connection) -> ws.ReleaseLeaseResponse:
-            lease, task = tasks.release(
+            lease, task = leases.release(
                 tx,
                 self._store.now(),
                 lease_id=request.lease_id,

@@ -3,7 +3,18 @@
 `Store` owns the engine and the clock. A caller opens a transaction and calls the nouns' modules with it:
 
     with store.writing() as tx:
-        claimed = tasks.acquire(tx, store.now(), worker_id)
+        claimed = leases.acquire(tx, store.now(), worker_id)
+
+    runs         create, get, list_runs, change_state, set_paused, remove; add_files, files; register_clusters,
+                 list_clusters, list_shards
+    tasks        create_tasks, get_task, task_of, list_tasks, count_open, reopen
+    leases       acquire, require, renew, release, due_leases, expire, revoke_leases, live_leases
+    checkpoints  begin, committable, commit, latest_good, newest_committed; pruning: drop, prune_finished,
+                 prune_abandoned, deletable, mark_deleted
+    experts      add, current
+    requeue      requeue_task
+    identities   tokens (create, find, use, list, revoke) and workers (create, find, seen, list, set_revoked)
+    events       append, list_events
 
 `store.once(...)` does the same for a mutation that a client may repeat. Everything returned is a frozen record
 (`store.records`). Guarantees: what one transaction wrote is durable when it ends, or not there at all; states change
@@ -18,10 +29,23 @@ from datetime import UTC, datetime
 
 from sqlalchemy import Connection
 
-from cbtm_coordinator.store import checkpoints, events, identities, requests, runs, tasks
+from cbtm_coordinator.store import checkpoints, events, experts, identities, leases, requests, requeue, runs, tasks
 from cbtm_coordinator.store.database import open_engine, reading, writing
 
-__all__ = ["Connection", "Store", "checkpoints", "events", "identities", "requests", "runs", "tasks", "utc_now"]
+__all__ = [
+    "Connection",
+    "Store",
+    "checkpoints",
+    "events",
+    "experts",
+    "identities",
+    "leases",
+    "requests",
+    "requeue",
+    "runs",
+    "tasks",
+    "utc_now",
+]
 
 
 def utc_now() -> datetime:
@@ -54,6 +78,16 @@ class Store:
                 principal=principal,
                 answer=lambda: answer(tx),
             )
+
+    def first_answer(self, request_id: str, method: str, principal: str) -> bytes | None:
+        """What `once` answered to this request, if it did."""
+        with self.reading() as tx:
+            return requests.find(tx, request_id=request_id, method=method, principal=principal)
+
+    def ping(self) -> None:
+        """Raises Unavailable when the database cannot be used."""
+        with self.reading():
+            pass
 
     def forget_old_requests(self) -> int:
         with self.writing() as tx:

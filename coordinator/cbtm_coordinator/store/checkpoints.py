@@ -1,4 +1,4 @@
-"""Checkpoints and experts: begun, committed whole, accepted, pruned.
+"""Checkpoints: begun, committed whole, accepted, pruned.
 
 Invariant 3: a checkpoint is UPLOADING, seen by nobody, until `commit`; the services call that only after they have
 checked every object. A commit is refused when the task has a newer epoch, so a zombie can make nothing visible; one
@@ -11,15 +11,16 @@ import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 
-from sqlalchemy import Connection, func, insert, select, update
+from sqlalchemy import Connection, and_, func, insert, or_, select, update
 
 from cbtm_common.errors import InvalidArgument, InvalidState, LeaseLost, NotFound, PermissionDenied
 from cbtm_common.files import FileSpec, strip_prefix
 from cbtm_common.ids import new_id
 from cbtm_coordinator.lifecycle import CheckpointState, LeaseState, RunState, TaskKind, TaskState, sources
-from cbtm_coordinator.store import events, runs, tasks
+from cbtm_coordinator.store import events, experts, leases, runs, tasks
 from cbtm_coordinator.store.records import CheckpointRecord, ExpertRecord, LeaseRecord, TaskRecord, files_to_json
-from cbtm_coordinator.tables import checkpoints, experts, leases
+from cbtm_coordinator.tables import checkpoints
+from cbtm_coordinator.tables import leases as leases_table
 from cbtm_coordinator.tables import tasks as tasks_table
 
 MODEL_PREFIX = "model"
@@ -80,7 +81,7 @@ def committable(
 ) -> tuple[CheckpointRecord, TaskRecord]:
     """The checkpoint that a worker wants to commit, if it still may. Raises LeaseLost when somebody succeeded it."""
     checkpoint = get(tx, checkpoint_id)
-    lease = tasks.get_lease(tx, lease_id)
+    lease = leases.get_lease(tx, lease_id)
     if lease.worker_id != worker_id or checkpoint.lease_id != lease_id:
         raise PermissionDenied("this checkpoint belongs to another lease")
     task = tasks.get_task(tx, checkpoint.task_id)
@@ -89,7 +90,7 @@ def committable(
         lease.epoch != epoch or task.epoch != epoch or lease.state not in (LeaseState.LIVE, LeaseState.EXPIRED)
     ):
         raise (
-            tasks.lost(lease, epoch)
+            leases.lost(lease, epoch)
             if task.epoch == epoch
             else LeaseLost(
                 f"the lease {lease.id} is lost: the task is at epoch {task.epoch}, this lease was {epoch}",
@@ -139,7 +140,7 @@ def commit(
         .values(state=CheckpointState.COMMITTED.value, commit_time=now, metrics_json=json.dumps(dict(metrics)))
     )
     if committed.rowcount != 1:
-        raise InvalidState(f"checkpoint {checkpoint.id} is {current.state}, or its files were announced anew: commit again")
+        raise InvalidState(f"checkpoint {checkpoint.id} is {current.state}, or has other files now: commit again")
     events.append(
         tx,
         now,
@@ -169,7 +170,7 @@ def accept(tx: Connection, now: datetime, checkpoint: CheckpointRecord) -> Exper
     )
     task = tasks.get_task(tx, checkpoint.task_id)
     files = strip_prefix(checkpoint.files, MODEL_PREFIX)
-    expert = add_expert(
+    expert = experts.add(
         tx,
         now,
         run_id=task.run_id,
@@ -203,59 +204,6 @@ def _advance_run(tx: Connection, now: datetime, task: TaskRecord) -> None:
     ).scalar_one()
     if left == 0 and run.state is RunState.TRAINING:
         runs.change_state(tx, now, run, "all_accepted", "")
-
-
-def add_expert(
-    tx: Connection,
-    now: datetime,
-    *,
-    run_id: str,
-    cluster_id: str | None,
-    cluster_index: int,
-    files: Sequence[FileSpec],
-    checkpoint_id: str | None = None,
-    metrics_json: str = "",
-) -> ExpertRecord:
-    """The next version of a cluster's expert; of the seed with `cluster_index` -1."""
-    newest = tx.execute(
-        select(func.max(experts.c.version)).where(experts.c.run_id == run_id, experts.c.cluster_index == cluster_index)
-    ).scalar()
-    expert_id = new_id("expert")
-    tx.execute(
-        insert(experts).values(
-            id=expert_id,
-            run_id=run_id,
-            cluster_id=cluster_id,
-            cluster_index=cluster_index,
-            version=(newest or 0) + 1,
-            checkpoint_id=checkpoint_id,
-            files_json=files_to_json(files),
-            metrics_json=metrics_json,
-            create_time=now,
-        )
-    )
-    events.append(tx, now, "expert.registered", run_id=run_id, detail={"cluster": cluster_index, "expert": expert_id})
-    return ExpertRecord.of(tx.execute(select(experts).where(experts.c.id == expert_id)).one())
-
-
-def current_experts(tx: Connection, run_id: str) -> list[ExpertRecord]:
-    """The newest version of each cluster's expert, the seed (index -1) first."""
-    newest = (
-        select(experts.c.cluster_index, func.max(experts.c.version).label("version"))
-        .where(experts.c.run_id == run_id)
-        .group_by(experts.c.cluster_index)
-        .subquery()
-    )
-    query = (
-        select(experts)
-        .join(
-            newest,
-            (experts.c.cluster_index == newest.c.cluster_index) & (experts.c.version == newest.c.version),
-        )
-        .where(experts.c.run_id == run_id)
-        .order_by(experts.c.cluster_index)
-    )
-    return [ExpertRecord.of(row) for row in tx.execute(query)]
 
 
 def latest_good(tx: Connection, task: TaskRecord) -> CheckpointRecord | None:
@@ -337,7 +285,7 @@ def prune_finished(tx: Connection) -> None:
 
 def prune_abandoned(tx: Connection, before: datetime) -> None:
     """Uploads begun before `before` whose lease is over."""
-    over = select(leases.c.id).where(leases.c.state != LeaseState.LIVE.value)
+    over = select(leases_table.c.id).where(leases_table.c.state != LeaseState.LIVE.value)
     tx.execute(
         update(checkpoints)
         .where(
@@ -367,13 +315,18 @@ def mark_deleted(tx: Connection, checkpoint_id: str) -> None:
 def needs_pruning(tx: Connection, before: datetime) -> bool:
     """Whether `prune_finished` or `prune_abandoned` would change anything."""
     open_states = [CheckpointState.COMMITTED.value, CheckpointState.UPLOADING.value]
+    abandoned = and_(
+        checkpoints.c.state == CheckpointState.UPLOADING.value,
+        checkpoints.c.create_time < before,
+        leases_table.c.state != LeaseState.LIVE.value,
+    )
     query = (
         select(checkpoints.c.id)
         .join(tasks_table, tasks_table.c.id == checkpoints.c.task_id)
+        .join(leases_table, leases_table.c.id == checkpoints.c.lease_id)
         .where(
             checkpoints.c.state.in_(open_states),
-            (tasks_table.c.state == TaskState.DONE.value)
-            | ((checkpoints.c.state == CheckpointState.UPLOADING.value) & (checkpoints.c.create_time < before)),
+            or_(tasks_table.c.state == TaskState.DONE.value, abandoned),
         )
         .limit(1)
     )

@@ -11,6 +11,8 @@ from sqlalchemy import Connection, insert, select
 from cbtm_coordinator.store.records import EventRecord
 from cbtm_coordinator.tables import events
 
+_APPEND = insert(events)
+
 
 def append(
     tx: Connection,
@@ -26,16 +28,17 @@ def append(
 ) -> None:
     """Adds one line, in the transaction of what it tells of."""
     tx.execute(
-        insert(events).values(
-            event_time=now,
-            kind=kind,
-            run_id=run_id,
-            task_id=task_id,
-            lease_id=lease_id,
-            worker_id=worker_id,
-            reason=reason,
-            detail_json=json.dumps(detail) if detail else "",
-        )
+        _APPEND,
+        {
+            "event_time": now,
+            "kind": kind,
+            "run_id": run_id,
+            "task_id": task_id,
+            "lease_id": lease_id,
+            "worker_id": worker_id,
+            "reason": reason,
+            "detail_json": json.dumps(detail) if detail else "",
+        },
     )
 
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import datetime
+from typing import Any
 
-from sqlalchemy import Connection, insert, or_, select, update
+from sqlalchemy import Connection, Row, func, insert, or_, select, update
 
 from cbtm_common.errors import NotFound, Unauthenticated
 from cbtm_coordinator.lifecycle import WorkerState
 from cbtm_coordinator.scheduler import backoff
 from cbtm_coordinator.store import events
 from cbtm_coordinator.store.records import TokenRecord, WorkerRecord
-from cbtm_coordinator.tables import tokens, workers
+from cbtm_coordinator.tables import leases, tokens, workers
 
 
 def create_token(
@@ -60,6 +62,11 @@ def find_token(tx: Connection, now: datetime, secret_hash: str) -> TokenRecord |
     return None if row is None else TokenRecord.of(row)
 
 
+def knows_secret(tx: Connection, secret_hash: str) -> bool:
+    """Whether a token with this secret was ever made here, be it revoked or expired."""
+    return tx.execute(select(tokens.c.id).where(tokens.c.secret_hash == secret_hash)).first() is not None
+
+
 def use_token(tx: Connection, now: datetime, token_id: str) -> None:
     """Counts one use, if one is left: one guarded update, so that a use count is exact among many processes."""
     used = tx.execute(
@@ -95,7 +102,7 @@ def create_worker(
     worker_id: str,
     name: str,
     credential_hash: str,
-    token_id: str,
+    token_id: str | None,
     hardware_json: str,
     version: str,
 ) -> WorkerRecord:
@@ -117,10 +124,25 @@ def create_worker(
 
 
 def get_worker(tx: Connection, worker_id: str) -> WorkerRecord:
-    row = tx.execute(select(workers).where(workers.c.id == worker_id)).one_or_none()
+    row = tx.execute(_WORKERS.where(workers.c.id == worker_id)).one_or_none()
     if row is None:
         raise NotFound(f"there is no worker {worker_id}; `cbtm-coord worker list` shows them")
-    return WorkerRecord.of(row)
+    return _worker(row)
+
+
+# A renewal writes its lease alone, so a worker was last seen when its newest lease was renewed.
+_WORKERS = select(
+    workers,
+    select(func.max(leases.c.renew_time))
+    .where(leases.c.worker_id == workers.c.id)
+    .scalar_subquery()
+    .label("renew_time"),
+)
+
+
+def _worker(row: Row[Any]) -> WorkerRecord:
+    worker = WorkerRecord.of(row)
+    return replace(worker, last_seen_time=max(worker.last_seen_time, row.renew_time or worker.last_seen_time))
 
 
 def find_worker(tx: Connection, credential_hash: str) -> WorkerRecord | None:
@@ -129,8 +151,8 @@ def find_worker(tx: Connection, credential_hash: str) -> WorkerRecord | None:
 
 
 def list_workers(tx: Connection, *, after_id: str = "", limit: int = 100) -> list[WorkerRecord]:
-    rows = tx.execute(select(workers).where(workers.c.id > after_id).order_by(workers.c.id).limit(limit))
-    return [WorkerRecord.of(row) for row in rows]
+    rows = tx.execute(_WORKERS.where(workers.c.id > after_id).order_by(workers.c.id).limit(limit))
+    return [_worker(row) for row in rows]
 
 
 def worker_names(tx: Connection, worker_ids: Sequence[str]) -> dict[str, str]:

@@ -6,6 +6,8 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from datetime import datetime
+from enum import StrEnum
+from functools import cache
 from typing import Any, Self
 
 from sqlalchemy import Row
@@ -21,11 +23,13 @@ class _FromRow:
     def of(cls, row: Row[Any] | Mapping[str, Any]) -> Self:
         """From a row that has at least this record's columns; states become their enums."""
         values = row._mapping if isinstance(row, Row) else row
-        made = {}
-        for field in fields(cls):  # type: ignore[arg-type]  # every subclass is a dataclass
-            kind = _ENUMS.get(str(field.type))
-            made[field.name] = kind(values[field.name]) if kind else values[field.name]
-        return cls(**made)
+        return cls(**{name: kind(values[name]) if kind else values[name] for name, kind in _columns(cls)})  # type: ignore[arg-type]  # a class is hashable
+
+
+@cache
+def _columns(record: type[Any]) -> list[tuple[str, type[StrEnum] | None]]:
+    """The columns of a record, each with its enum if it is a state."""
+    return [(field.name, _ENUMS.get(str(field.type))) for field in fields(record)]
 
 
 @dataclass(frozen=True, kw_only=True)

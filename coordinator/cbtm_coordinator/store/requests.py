@@ -41,5 +41,13 @@ def once(
     return response
 
 
+def find(tx: Connection, *, request_id: str, method: str, principal: str) -> bytes | None:
+    """The answer given before, if there was one."""
+    key = {"request_id": request_id, "method": method, "principal": principal}
+    where = [column == key[column.name] for column in requests.primary_key.columns]
+    answer = tx.execute(select(requests.c.response).where(*where)).scalar_one_or_none()
+    return None if answer is None else bytes(answer)
+
+
 def forget_old(tx: Connection, now: datetime) -> int:
     return tx.execute(delete(requests).where(requests.c.create_time < now - KEEP)).rowcount

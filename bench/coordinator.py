@@ -1,0 +1,308 @@
+"""What one coordinator carries: simulated workers over real gRPC to a real process and a real PostgreSQL.
+
+    python -m bench.coordinator [--quick] [--database sqlite]
+
+Renewals at the pace of 10,000 live leases, renewals as fast as they go, full cycles (acquire, prepare, upload, commit,
+release), the coordinator's memory, and the cost of each call as the registry grows. PostgreSQL runs with fsync on. The
+load generator shares the machine's cores with what it measures. The published figure beside the cycles is BOINC's: 8.8
+million tasks a day on one server, 102 a second.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import hashlib
+import time
+from collections.abc import Awaitable, Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import grpc
+import httpx
+import numpy as np
+import psutil
+from tests.support.coordinator import running_coordinator
+
+from bench.report import Report
+from cbtm_api.v1 import resources_pb2 as pb
+from cbtm_api.v1 import worker_service_pb2 as ws
+from cbtm_api.v1.worker_service_pb2_grpc import WorkerServiceStub
+from cbtm_common.files import FileSpec
+from cbtm_common.ids import hash_secret, new_id, new_request_id
+from cbtm_common.recipe import Recipe
+from cbtm_common.rpc import CHANNEL_OPTIONS
+from cbtm_coordinator.store import Store, experts, identities, runs, tasks
+from cbtm_coordinator.store.records import NewCluster
+from tests.support.postgres import running_postgres
+
+HARDWARE = pb.Hardware(device_type="cpu", device_name="simulated", cpu_count=1)
+RENEW_SECONDS = 30.0
+# Calls in flight while as many as possible are made.
+SATURATION = 64
+CYCLES_IN_FLIGHT = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Simulated:
+    """A registered worker, and the lease that it holds."""
+
+    secret: str
+    lease_id: str = ""
+    epoch: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """Where the coordinator listens."""
+
+    grpc: str
+    http: str
+
+
+def fill(store: Store, *, open_tasks: int, name: str) -> str:
+    """A run with `open_tasks` PENDING tasks; its id."""
+    recipe = Recipe.model_validate({"steps": 1000, "lease": {"lease_seconds": 3600, "renew_seconds": RENEW_SECONDS}})
+    with store.writing() as tx:
+        now = store.now()
+        run = runs.create(tx, now, name=name, cluster_count=open_tasks, recipe=recipe, from_scratch=False)
+        new = [
+            NewCluster(cluster_index=i, documents=1, top_terms=[], examples=[], shards=[]) for i in range(open_tasks)
+        ]
+        runs.register_clusters(tx, run, new)
+        runs.change_state(tx, now, runs.get(tx, run.id), "register", "")
+        run = runs.get(tx, run.id)
+        tasks.create_tasks(tx, now, run, seed_steps=0, expert_steps=recipe.steps)
+        seed = [FileSpec(path="config.json", key=f"runs/{run.id}/base/config.json", size=1, sha256="0" * 64)]
+        experts.add_expert(tx, now, run_id=run.id, cluster_id=None, cluster_index=-1, files=seed)
+        runs.change_state(tx, now, run, "start_training", "")
+    return run.id
+
+
+def make_workers(store: Store, count: int) -> list[Simulated]:
+    made = []
+    with store.writing() as tx:
+        for number in range(count):
+            secret = f"cbtm_worker_{new_id('x')}"
+            identities.create_worker(
+                tx,
+                store.now(),
+                worker_id=new_id("worker"),
+                name=f"simulated-{number}",
+                credential_hash=hash_secret(secret),
+                token_id=None,
+                hardware_json="{}",
+                version="0.1.0",
+            )
+            made.append(Simulated(secret=secret))
+    return made
+
+
+class Load:
+    """Calls as many workers, over a few shared connections."""
+
+    def __init__(self, target: Target, connections: int = 4) -> None:
+        self._channels = [
+            grpc.aio.insecure_channel(target.grpc, options=[*CHANNEL_OPTIONS, ("grpc.use_local_subchannel_pool", 1)])
+            for _ in range(connections)
+        ]
+        self._stubs = [WorkerServiceStub(channel) for channel in self._channels]
+        self._next = 0
+
+    async def close(self) -> None:
+        for channel in self._channels:
+            await channel.close()
+
+    async def call(self, method: str, worker: Simulated, request: Any) -> Any:
+        self._next += 1
+        stub = self._stubs[self._next % len(self._stubs)]
+        return await getattr(stub, method)(
+            request, metadata=(("authorization", f"Bearer {worker.secret}"),), timeout=30
+        )
+
+    async def acquire(self, worker: Simulated) -> Simulated:
+        request = ws.AcquireLeaseRequest(request_id=new_request_id(), hardware=HARDWARE)
+        answer = await self.call("AcquireLease", worker, request)
+        if not answer.HasField("lease"):
+            raise RuntimeError(f"no task was left: {answer.reason}")
+        return Simulated(secret=worker.secret, lease_id=answer.lease.id, epoch=answer.lease.epoch)
+
+    async def renew(self, worker: Simulated, step: int) -> None:
+        progress = pb.Progress(step=step, loss=2.0, tokens_per_second=1e4, phase="train")
+        request = ws.RenewLeaseRequest(
+            request_id=new_request_id(), lease_id=worker.lease_id, epoch=worker.epoch, progress=progress
+        )
+        await self.call("RenewLease", worker, request)
+
+
+async def timed(action: Awaitable[Any], into: list[float]) -> Any:
+    started = time.perf_counter()
+    result = await action
+    into.append(time.perf_counter() - started)
+    return result
+
+
+async def saturate(
+    make: Callable[[int], Awaitable[Any]], *, seconds: float, in_flight: int
+) -> tuple[float, list[float]]:
+    """As many calls as go, `in_flight` at a time: (calls a second, latencies)."""
+    latencies: list[float] = []
+    end = time.perf_counter() + seconds
+    count = iter(range(1 << 60))
+
+    async def one() -> None:
+        while time.perf_counter() < end:
+            await timed(make(next(count)), latencies)
+
+    started = time.perf_counter()
+    await asyncio.gather(*(one() for _ in range(in_flight)))
+    return len(latencies) / (time.perf_counter() - started), latencies
+
+
+async def paced(make: Callable[[int], Awaitable[Any]], *, rate: float, seconds: float) -> list[float]:
+    """Calls at a fixed rate, whatever their latency; latencies count from when a call was due."""
+    latencies: list[float] = []
+    started = time.perf_counter()
+    pending = set()
+
+    async def one(number: int, due: float) -> None:
+        await make(number)
+        latencies.append(time.perf_counter() - due)
+
+    for number in range(int(rate * seconds)):
+        due = started + number / rate
+        delay = due - time.perf_counter()
+        if delay > 0:
+            await asyncio.sleep(delay)
+        task = asyncio.create_task(one(number, due))
+        pending.add(task)
+        task.add_done_callback(pending.discard)
+    await asyncio.gather(*pending)
+    return latencies
+
+
+async def cycle(load: Load, client: httpx.AsyncClient, target: Target, worker: Simulated) -> None:
+    """One task from claim to release, with a checkpoint of one small file that is really uploaded and verified."""
+    held = await load.acquire(worker)
+    data = f'{{"lease": "{held.lease_id}"}}'.encode()
+    file = pb.FileSpec(path="state.json", size=len(data), sha256=hashlib.sha256(data).hexdigest())
+    lease = {"lease_id": held.lease_id, "epoch": held.epoch}
+    prepared = await load.call(
+        "PrepareUpload", held, ws.PrepareUploadRequest(request_id=new_request_id(), step=1, files=[file], **lease)
+    )
+    request = prepared.uploads[0].request
+    response = await client.put(target.http + request.url, content=data, headers=dict(request.headers))
+    response.raise_for_status()
+    await load.call(
+        "CommitCheckpoint",
+        held,
+        ws.CommitCheckpointRequest(request_id=new_request_id(), checkpoint_id=prepared.checkpoint.id, **lease),
+    )
+    await load.call(
+        "ReleaseLease",
+        held,
+        ws.ReleaseLeaseRequest(
+            request_id=new_request_id(), release_reason=ws.RELEASE_REASON_PREEMPTED, detail="cycle", **lease
+        ),
+    )
+
+
+def p99(latencies: list[float]) -> float:
+    return 1000 * float(np.percentile(latencies, 99))
+
+
+async def measure(report: Report, store: Store, target: Target, pid: int, *, workers: int, seconds: float) -> None:
+    name = f"{workers:,} live leases"
+    load = Load(target)
+    simulated = make_workers(store, workers)
+    acquire_latencies: list[float] = []
+    held: list[Simulated] = []
+    for start in range(0, workers, SATURATION):
+        batch = [timed(load.acquire(w), acquire_latencies) for w in simulated[start : start + SATURATION]]
+        held += await asyncio.gather(*batch)
+    rate = workers / RENEW_SECONDS
+    latencies = await paced(lambda n: load.renew(held[n % workers], n), rate=rate, seconds=seconds)
+    small = "sqlite" in str(store.engine.url)
+    bar = 50 if small else 100
+    report.add(f"{name}: p99 of renewals at {rate:.0f}/s", p99(latencies), "ms", bar=bar, sense="at most")
+    report.add(f"{name}: p50 of renewals", 1000 * float(np.median(latencies)), "ms")
+    speed, _ = await saturate(lambda n: load.renew(held[n % workers], n), seconds=seconds, in_flight=SATURATION)
+    report.add("renewals, as many as go", speed, "/s", bar=None if small else 1000)
+    fill(store, open_tasks=CYCLES_IN_FLIGHT * 4, name=f"cycles-{workers}")
+    cyclers = make_workers(store, CYCLES_IN_FLIGHT * 2)
+    free = asyncio.Queue[Simulated]()
+    for worker in cyclers:
+        free.put_nowait(worker)
+    async with httpx.AsyncClient(limits=httpx.Limits(max_connections=CYCLES_IN_FLIGHT)) as client:
+
+        async def one(_: int) -> None:
+            worker = await free.get()
+            await cycle(load, client, target, worker)
+            free.put_nowait(worker)
+
+        speed, _ = await saturate(one, seconds=seconds, in_flight=CYCLES_IN_FLIGHT)
+    report.add("full cycles (acquire, prepare, upload, commit, release)", speed, "/s", bar=None if small else 150)
+    report.add("full cycles against BOINC's published 102/s", speed / 102, "x")
+    memory = psutil.Process(pid).memory_info().rss / 2**20
+    report.add("coordinator's memory", memory, "MiB", bar=1024, sense="at most")
+    await load.close()
+
+
+async def curve(report: Report, store: Store, target: Target, sizes: list[int], seconds: float) -> None:
+    """Acquire and renew as the number of tasks grows: the cost should not."""
+    load = Load(target)
+    costs: dict[str, list[float]] = {"acquire": [], "renew": []}
+    total = 0
+    for size in sizes:
+        fill(store, open_tasks=size - total, name=f"curve-{size}")
+        total = size
+        workers = make_workers(store, 50)
+        acquired: list[float] = []
+        held = [await timed(load.acquire(w), acquired) for w in workers]
+        renewed: list[float] = []
+        for number in range(200):
+            await timed(load.renew(held[number % len(held)], number), renewed)
+        for name, values in (("acquire", acquired), ("renew", renewed)):
+            costs[name].append(1000 * float(np.median(values)))
+            report.add(f"{name} with {size:,} tasks: p50, one at a time", costs[name][-1], "ms")
+    for name, values in costs.items():
+        ratio = values[-1] / values[0]
+        report.add(f"{name}: {sizes[-1]:,} tasks against {sizes[0]:,}", ratio, "x", bar=1.5, sense="at most")
+    await load.close()
+
+
+def run(report: Report, stack: ExitStack, database: str, *, quick: bool) -> None:
+    scratch = Path(stack.enter_context(TemporaryDirectory()))
+    url = ""
+    if database == "postgresql":
+        url = stack.enter_context(running_postgres(durable=True)).url()
+    environment = {"CBTM_DATABASE_URL": url} if url else {}
+    coordinator = stack.enter_context(running_coordinator(scratch / "coordinator", **environment))
+    store = Store(url or f"sqlite:///{scratch / 'coordinator' / 'registry.db'}")
+    stack.callback(store.close)
+    target = Target(grpc=coordinator.address, http=coordinator.http_url)
+    workers = 1000 if database == "sqlite" else 2000 if quick else 10_000
+    seconds = 6.0 if quick else 30.0
+    fill(store, open_tasks=workers, name="main")
+    asyncio.run(measure(report, store, target, coordinator.pid, workers=workers, seconds=seconds))
+    if database == "postgresql":
+        sizes = [100, 1000, 10_000] if quick else [100, 1000, 10_000, 100_000]
+        asyncio.run(curve(report, store, target, sizes, seconds))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="fewer leases, under 60 s")
+    parser.add_argument("--database", choices=["postgresql", "sqlite"], default="postgresql")
+    options = parser.parse_args()
+    report = Report(bench=f"coordinator ({options.database})")
+    with ExitStack() as stack:
+        run(report, stack, options.database, quick=options.quick)
+    report.finish()
+
+
+if __name__ == "__main__":
+    main()

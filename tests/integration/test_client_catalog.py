@@ -1,0 +1,222 @@
+"""The client against a real coordinator that serves a run which a real worker has trained, over gRPC and HTTP."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.ensembles import random_texts
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
+
+RECIPE = """
+sequence_length = 16
+global_batch = 2
+steps = 2
+precision = "fp32"
+held_out_fraction = 0.2
+[lease]
+lease_seconds = 20
+renew_seconds = 2
+"""
+MODEL = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 32,
+}
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "120"}
+
+
+def program(name: str) -> list[str]:
+    package = {"cbtm": "cbtm._cli", "cbtm-coord": "cbtm_coordinator.cli", "cbtm-worker": "cbtm_worker.cli"}[name]
+    return [sys.executable, "-c", f"import sys; sys.argv[0] = {name!r}; from {package} import main; main()"]
+
+
+def call(name: str, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [*program(name), *arguments], capture_output=True, text=True, timeout=120, env=ENVIRONMENT, check=False
+    )
+    assert not check or done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedRun:
+    """A complete run "tiny" of two clusters with a dense baseline, and one "young" without any expert."""
+
+    target: str
+    admin_token: str
+    cache: Path
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TrainedRun]:
+    root = tmp_path_factory.mktemp("run")
+    data = root / "data"
+    (root / "recipe.toml").write_text(RECIPE)
+    (root / "model.json").write_text(json.dumps(MODEL))
+    kinds = ("river stone window garden summer market", "theorem number matrix vector kernel compile")
+    documents = [
+        {"text": f"{kind} {text}"} for kind in kinds for text in random_texts(20, seed=len(kind), words=(20, 40))
+    ]
+    (root / "corpus.jsonl").write_text("\n".join(map(json.dumps, documents)))
+    call("cbtm-coord", "init", "--data-dir", str(data))
+    serve = ["serve", "--data-dir", str(data), "--host", "127.0.0.1", "--port", "0", "--http-port", "0"]
+    server = subprocess.Popen(
+        [*program("cbtm-coord"), *serve],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT,
+    )
+    try:
+        assert server.stdout is not None
+        join_line = next(line for line in server.stdout if "cbtm-worker join" in line).split()
+        token = join_line[join_line.index("--token") + 1]
+        target = (data / "coordinator.address").read_text().strip()
+        create = ["run", "create", "--data-dir", str(data), "--corpus", str(root / "corpus.jsonl"), "--clusters", "2"]
+        create += ["--recipe", str(root / "recipe.toml"), "--from-scratch", str(root / "model.json")]
+        call("cbtm-coord", *create, "--name", "tiny", "--baseline")
+        join = ["join", "--coordinator", target, "--token", token, "--until-idle", "--threads", "1"]
+        call("cbtm-worker", *join, "--cache-dir", str(root / "worker"))
+        call("cbtm-coord", *create, "--name", "young")
+        yield TrainedRun(
+            target=target, admin_token=(data / "admin.token").read_text().strip(), cache=root / "client-cache"
+        )
+    finally:
+        server.terminate()
+        server.communicate(timeout=30)
+
+
+def open_ensemble(run: TrainedRun, name: str = "tiny", **options: Any) -> Any:
+    from cbtm import Ensemble
+
+    return Ensemble.from_coordinator(run.target, run=name, cache_dir=run.cache, **options)
+
+
+def test_a_run_is_opened_without_a_token_and_saved_to_a_folder_that_gives_the_same(
+    run: TrainedRun, tmp_path: Path
+) -> None:
+    from cbtm import Ensemble, InvalidState
+
+    texts = random_texts(4, seed=1)
+    with open_ensemble(run) as model:
+        assert [c.index for c in model.clusters] == [0, 1]
+        assert model.missing_clusters == ()
+        assert all(c.top_terms for c in model.clusters)
+        assert model.routing.top_k == 2
+        found = model.perplexity(texts)
+        generated = model.generate(texts, max_new_tokens=4)
+        model.save(tmp_path / "saved")
+    closed = open_ensemble(run)
+    closed.close()
+    with pytest.raises(InvalidState, match="closed"):
+        closed.score("river")
+    with Ensemble.load(tmp_path / "saved") as again:
+        assert again.perplexity(texts) == found
+        assert again.generate(texts, max_new_tokens=4) == generated
+
+
+def test_an_expert_is_fetched_only_when_it_is_needed(run: TrainedRun, tmp_path: Path) -> None:
+    from cbtm import Ensemble
+
+    with Ensemble.from_coordinator(run.target, run="tiny", cache_dir=tmp_path) as model:
+        assert not list(tmp_path.rglob("model.safetensors"))
+        model.with_routing(weights={model.clusters[1].id: 1.0}).score("river")
+        assert len(list(tmp_path.rglob("model.safetensors"))) == 1
+
+
+def test_an_evaluation_covers_the_held_out_shards_and_the_dense_baseline(run: TrainedRun) -> None:
+    from cbtm import evaluate_run
+
+    found = evaluate_run(run.target, run="tiny", token=run.admin_token, cache_dir=run.cache, top_k=[1, 2])
+    assert set(found.perplexity) == {"seed", "dense", "expert", "top1", "top2", "all"}
+    assert all(1 < value < 1e6 for value in found.perplexity.values())
+    assert found.perplexity["top2"] == pytest.approx(found.perplexity["all"])
+    assert [c.index for c in found.clusters] == [0, 1]
+    assert sum(c.tokens for c in found.clusters) == found.tokens
+    assert found.missing_clusters == ()
+    less = evaluate_run(
+        run.target, run="tiny", token=run.admin_token, cache_dir=run.cache, baseline=None, max_tokens_per_cluster=1
+    )
+    assert [c.documents for c in less.clusters] == [1, 1]
+    assert "dense" not in less.perplexity
+
+
+def test_the_baseline_opens_as_an_ensemble_of_one(run: TrainedRun) -> None:
+    with open_ensemble(run, "tiny-dense") as model:
+        assert [w.weight for w in model.route("theorem").weights] == [1.0]
+        assert model.perplexity("theorem matrix").perplexity > 1
+
+
+def test_shards_are_not_for_everybody(run: TrainedRun) -> None:
+    from cbtm import PermissionDenied, evaluate_run
+
+    with pytest.raises(PermissionDenied):
+        evaluate_run(run.target, run="tiny", cache_dir=run.cache)
+
+
+def test_a_run_without_experts_says_how_far_it_is(run: TrainedRun) -> None:
+    from cbtm import InvalidState
+
+    with pytest.raises(InvalidState, match=r"run young: 0 of 2 experts are finished \(the run is SEEDING\)"):
+        open_ensemble(run, "young")
+
+
+def test_a_run_that_does_not_exist_is_named(run: TrainedRun) -> None:
+    from cbtm import NotFound
+
+    with pytest.raises(NotFound, match="nope"):
+        open_ensemble(run, "nope")
+
+
+def test_a_damaged_cached_file_is_fetched_anew(run: TrainedRun, tmp_path: Path) -> None:
+    from cbtm import Ensemble
+
+    with Ensemble.from_coordinator(run.target, run="tiny", cache_dir=tmp_path, top_k="all") as model:
+        expected = model.score("river stone")
+    for path in (tmp_path / "files" / "sha256").glob("*/*"):
+        path.chmod(0o644)
+        path.write_bytes(path.read_bytes()[:-1] + b"\0")
+    with Ensemble.from_coordinator(run.target, run="tiny", cache_dir=tmp_path, top_k="all") as model:
+        assert model.score("river stone") == expected
+
+
+def test_the_commands_do_what_the_library_does(run: TrainedRun, tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    from cbtm._cli import app
+
+    def invoke(*arguments: str) -> str:
+        done = CliRunner().invoke(app, list(arguments), catch_exceptions=False)
+        assert done.exit_code == 0, done.output
+        return done.stdout
+
+    saved = str(tmp_path / "saved")
+    source = ["--coordinator", run.target, "--run", "tiny", "--cache-dir", str(run.cache)]
+    shown = invoke("eval", *source, "--token", run.admin_token, "--output", str(tmp_path / "report.json"))
+    assert "dense baseline" in shown
+    assert json.loads((tmp_path / "report.json").read_text())["perplexity"]["top1"] > 1
+    assert "2 experts" in invoke("save", saved, *source)
+    routed = json.loads(invoke("route", "theorem", "-e", saved, "--json"))
+    assert sum(weight["weight"] for weight in routed[0]["weights"]) == pytest.approx(1)
+    assert "theorem" in invoke("route", "theorem", "-e", saved)
+    assert len(json.loads(invoke("generate", "river", "-e", saved, "-n", "3", "--json"))["token_ids"]) <= 3
+
+
+def test_the_program_tells_an_error_in_one_line_and_by_its_exit_code(run: TrainedRun, tmp_path: Path) -> None:
+    wrong = call("cbtm", "generate", "river", "-e", str(tmp_path), check=False)
+    assert wrong.returncode == 1
+    assert wrong.stderr == f"cbtm: error: {tmp_path} is no saved ensemble: it has no cbtm.json\n"
+    assert call("cbtm", "route", "x", "--top-k", "two", "-e", str(tmp_path), check=False).returncode == 2

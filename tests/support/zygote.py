@@ -1,0 +1,217 @@
+"""Real `cbtm-worker` and `cbtm-coord` processes that start in milliseconds.
+
+Importing torch and transformers takes seconds. One process, the zygote, imports all of it once and computes nothing; each
+program that a test wants is forked from it and then is a process like any other: its own pid, signals, files, exit
+code, and faults armed by `CBTM_FAULTS`. Linux and macOS.
+
+    python -m tests.support.zygote      reads a JSON request a line, writes a JSON answer a line; ends with its input
+
+Whatever is still running when the zygote's input ends is killed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+# How long a step of training takes at least, in a worker started with this in its environment, in seconds.
+THROTTLE_VARIABLE = "CBTM_TEST_STEP_SECONDS"
+_POLL_SECONDS = 0.02
+
+
+class Child:
+    """A process forked by the zygote."""
+
+    def __init__(self, zygote: Zygote, pid: int, log: Path) -> None:
+        self._zygote = zygote
+        self.pid = pid
+        self.log = log
+        self._code: int | None = None
+
+    @property
+    def output(self) -> str:
+        """What it wrote to stdout and stderr so far."""
+        return self.log.read_text("utf-8", errors="replace")
+
+    def poll(self) -> int | None:
+        """Its exit code, negative for a signal; None while it runs."""
+        if self._code is None:
+            self._code = self._zygote.ask({"poll": self.pid})["code"]
+        return self._code
+
+    def wait(self, seconds: float = 60.0) -> int:
+        """Its exit code. Raises AssertionError, with what it wrote, when it still runs after `seconds`."""
+        deadline = time.monotonic() + seconds
+        pause = threading.Event()
+        while (code := self.poll()) is None:
+            if time.monotonic() > deadline:
+                raise AssertionError(f"process {self.pid} still runs after {seconds} s; it wrote:\n{self.output}")
+            pause.wait(_POLL_SECONDS)
+        return code
+
+    def send(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        """SIGKILL, and waits for the end."""
+        self.send(signal.SIGKILL)
+        self.wait()
+
+
+class Zygote:
+    """The client's side; thread-safe."""
+
+    def __init__(self) -> None:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.support.zygote"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+            cwd=Path(__file__).parents[2],
+        )
+        self._lock = threading.Lock()
+
+    def spawn(self, program: str, arguments: Sequence[str], log: Path, env: Mapping[str, str] | None = None) -> Child:
+        """Starts `program` ("cbtm-worker" or "cbtm-coord") with its output in `log`."""
+        log.parent.mkdir(parents=True, exist_ok=True)
+        request = {"program": program, "arguments": list(arguments), "log": str(log), "env": dict(env or {})}
+        return Child(self, int(self.ask(request)["pid"]), log)
+
+    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        with self._lock:
+            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
+            line = self._process.stdout.readline()
+        if not line:
+            raise AssertionError("the zygote has ended; its error is above")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.close()
+        self._process.wait(30)
+        self._process.stdout.close()
+
+
+# The zygote's own side
+
+
+def _preload() -> None:
+    """All that the programs import while they run; nothing here starts a thread."""
+    import scipy.sparse.linalg  # noqa: F401
+    import sklearn.decomposition
+    import sklearn.feature_extraction.text
+    import transformers.models.llama.modeling_llama  # noqa: F401
+    import uvicorn  # noqa: F401
+    from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast  # noqa: F401
+
+    import cbtm_coordinator.cli
+    import cbtm_coordinator.create_run
+    import cbtm_coordinator.process
+    import cbtm_coordinator.setup
+    import cbtm_worker.check
+    import cbtm_worker.cli
+    import cbtm_worker.loop
+    import cbtm_worker.train
+    import cbtm_worker.train.trainer  # noqa: F401
+
+
+def _throttle(seconds: float) -> None:
+    """Makes each step take `seconds` at least, so that a test can act in the middle of a task."""
+    from cbtm_worker.train import Trainer
+
+    step = Trainer.train_step
+
+    def slow(self: Any) -> Any:
+        time.sleep(seconds)
+        return step(self)
+
+    Trainer.train_step = slow  # type: ignore[method-assign]
+
+
+def _become(request: dict[str, Any]) -> None:
+    """In the fork: turns into the program. Does not return."""
+    log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    sys.stdin = open(0, closefd=False)  # noqa: SIM115
+    sys.stdout = open(1, "w", closefd=False, buffering=1)  # noqa: SIM115
+    sys.stderr = open(2, "w", closefd=False, buffering=1)  # noqa: SIM115
+    for name in [n for n in os.environ if n.startswith("CBTM_")]:
+        del os.environ[name]
+    os.environ.update(request["env"])
+    random.seed()
+    from cbtm_common import faults
+
+    faults._plan = faults.FaultPlan.parse(os.environ.get(faults.ENVIRONMENT_VARIABLE, ""))
+    if THROTTLE_VARIABLE in os.environ:
+        _throttle(float(os.environ[THROTTLE_VARIABLE]))
+    program = request["program"]
+    sys.argv = [program, *request["arguments"]]
+    code = 0
+    try:
+        if program == "cbtm-worker":
+            from cbtm_worker.cli import main
+        else:
+            from cbtm_coordinator.cli import main
+        main()
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _serve() -> None:
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    running: set[int] = set()
+    ended: dict[int, int] = {}
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _preload()
+    for line in sys.stdin:
+        request = json.loads(line)
+        if "poll" in request:
+            pid = request["poll"]
+            if pid in running:
+                done, status = os.waitpid(pid, os.WNOHANG)
+                if done:
+                    running.discard(pid)
+                    ended[pid] = os.waitstatus_to_exitcode(status)
+            answers.write(json.dumps({"code": ended.get(pid)}) + "\n")
+            continue
+        child = os.fork()
+        if child == 0:
+            answers.close()
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            try:
+                _become(request)
+            finally:
+                os._exit(70)
+        running.add(child)
+        answers.write(json.dumps({"pid": child}) + "\n")
+    for pid in running:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+
+
+if __name__ == "__main__":
+    _serve()

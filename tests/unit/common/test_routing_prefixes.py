@@ -1,0 +1,104 @@
+"""Routing of every prefix of a text in one pass, and of a text that grows, against routing each text by itself."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from cbtm_common.routing import CentroidRouter, Distance, TermEmbedding, terms
+
+# Words that are terms, and forms of them: a prefix may cut one word into another that is known as well.
+_TERMS = ["ship", "ships", "shipwreck", "sea", "élan", "straße", "naïve", "x2", "日本語", "_name", "don", "fn"]
+
+
+def make_router(clusters: int = 4, dimensions: int = 5, seed: int = 0) -> CentroidRouter:
+    random = np.random.default_rng(seed)
+    prior = random.random(clusters).astype(np.float32)
+    return CentroidRouter(
+        cluster_ids=[f"run-c{i:04d}" for i in range(clusters)],
+        embedding=TermEmbedding(_TERMS, random.normal(size=(len(_TERMS), dimensions)).astype(np.float32)),
+        centroids=random.normal(size=(clusters, dimensions)).astype(np.float32),
+        prior=prior / prior.sum(),
+        temperature=0.7,
+    )
+
+
+ROUTER = make_router()
+
+_pieces = st.one_of(
+    st.sampled_from([*_TERMS, *(t.upper() for t in _TERMS)]),
+    # Stop words, single letters, words that begin with a digit, apostrophes, letters that lower-case to two.
+    st.sampled_from(["the", "The", "a", "I", "2x", "1984", "don't", "l'été", "İstanbul", "ß", "_", "__", "e\u0301lan"]),
+    st.sampled_from([" ", "  ", "\n", "-", ".", ",", "'", "\u00a0", "\u200b", "\t", "’", "😀"]),
+    st.text(max_size=3),
+)
+texts = st.lists(_pieces, max_size=14).map("".join)
+
+
+@given(text=texts)
+@example(text="")
+@example(text="The ships of the sea; a shipwreck, x2 2x élan")
+@example(text="shipwreck" * 3)
+@settings(max_examples=60, deadline=None)
+def test_every_prefix_weighs_as_it_does_alone(text: str) -> None:
+    ends = list(range(len(text) + 1))
+    together = ROUTER.prefix_weights(text, ends)
+    alone = ROUTER.weights([text[:end] for end in ends])
+    np.testing.assert_allclose(together, alone, atol=1e-6)
+
+
+@given(text=texts, cuts=st.lists(st.integers(0, 60), max_size=6))
+@settings(max_examples=30, deadline=None)
+def test_a_text_that_grows_in_pieces_weighs_as_the_whole(text: str, cuts: list[int]) -> None:
+    places = sorted({0, len(text), *(min(cut, len(text)) for cut in cuts)})
+    running = ROUTER.start()
+    for start, end in zip(places, places[1:], strict=False):
+        running = ROUTER.advance(running, text[start:end])
+    np.testing.assert_allclose(ROUTER.running_weights([running]), ROUTER.weights([text]), atol=1e-6)
+
+
+def test_a_text_that_branches_leaves_the_other_branch_as_it_was() -> None:
+    stem = ROUTER.advance(ROUTER.start(), "the ship")
+    wreck, plain = ROUTER.advance(stem, "wreck at sea"), ROUTER.advance(stem, " at sea")
+    together = ROUTER.running_weights([stem, wreck, plain])
+    alone = ROUTER.weights(["the ship", "the shipwreck at sea", "the ship at sea"])
+    np.testing.assert_allclose(together, alone, atol=1e-6)
+
+
+@pytest.mark.parametrize("distance", list(Distance))
+@pytest.mark.parametrize("top_k", [None, 1, 2, 9])
+def test_prefixes_take_the_same_options_as_whole_texts(distance: Distance, top_k: int | None) -> None:
+    text = "a ship, the sea and x2 more ships"
+    ends = [0, 3, 6, 6, 14, len(text)]
+    options = {"top_k": top_k, "temperature": 0.3, "distance": distance}
+    together = ROUTER.prefix_weights(text, ends, **options)  # type: ignore[arg-type]
+    alone = ROUTER.weights([text[:end] for end in ends], **options)  # type: ignore[arg-type]
+    np.testing.assert_allclose(together, alone, atol=1e-6)
+    assert ((together > 0).sum(axis=1) <= (top_k or 4)).all()
+    np.testing.assert_allclose(together.sum(axis=1), 1.0)
+
+
+def test_no_prefixes_give_no_rows() -> None:
+    assert ROUTER.prefix_weights("a ship", []).shape == (0, 4)
+
+
+def test_prefixes_out_of_order_are_refused() -> None:
+    with pytest.raises(ValueError, match="descend"):
+        ROUTER.prefix_weights("a ship at sea", [4, 2])
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("The ship, a SHIP and 1984 ships", ["ship", "ship", "ships"]),
+        ("I am x", []),
+        ("don't", []),
+        ("ein naïves Élan", ["ein", "naïves", "élan"]),
+        ("fn new_name(x2: i32)", ["fn", "new_name", "x2", "i32"]),
+        ("", []),
+    ],
+)
+def test_terms_of_a_text(text: str, expected: list[str]) -> None:
+    assert terms(text) == expected

@@ -1,0 +1,122 @@
+"""Decisions of the scheduler: each with its reason, none with a clock of its own."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+
+import pytest
+
+from cbtm_coordinator.lifecycle import TaskKind
+from cbtm_coordinator.scheduler import (
+    Candidate,
+    Directive,
+    DirectiveDecision,
+    backoff,
+    expiry_reason,
+    lease_directive,
+    poll_after,
+    rank,
+    stall_deadline,
+)
+
+NOW = datetime(2026, 1, 1, tzinfo=UTC)
+MINUTE = timedelta(minutes=1)
+
+
+def _candidate(
+    task_id: str, *, kind: TaskKind = TaskKind.EXPERT, attempts: int = 0, committed: int = 0, total: int = 100
+) -> Candidate:
+    return Candidate(
+        task_id=task_id, run_id="run", kind=kind, attempts=attempts, committed_step=committed, total_steps=total
+    )
+
+
+def test_a_seed_comes_first_then_fewest_failures_then_the_most_work_left() -> None:
+    ranked = rank(
+        [
+            _candidate("nearly-done", committed=90),
+            _candidate("failing", attempts=2),
+            _candidate("fresh-b"),
+            _candidate("seed", kind=TaskKind.SEED, attempts=4, committed=99),
+            _candidate("fresh-a"),
+            _candidate("long", total=500),
+        ]
+    )
+    assert [c.task_id for c in ranked] == ["seed", "long", "fresh-a", "fresh-b", "nearly-done", "failing"]
+
+
+def _told(
+    *, paused: bool = False, training: bool = True, step: int = 50, committed: int = 10, since: timedelta = MINUTE
+) -> DirectiveDecision:
+    return lease_directive(
+        now=NOW,
+        run_paused=paused,
+        training=training,
+        step=step,
+        committed_step=committed,
+        last_checkpoint=NOW - since,
+        interval=10 * MINUTE,
+    )
+
+
+def test_a_worker_on_time_goes_on_without_a_reason() -> None:
+    assert _told() == DirectiveDecision(directive=Directive.CONTINUE, reason="")
+
+
+def test_a_paused_run_stops_its_workers_also_when_a_checkpoint_is_late() -> None:
+    told = _told(paused=True, since=60 * MINUTE)
+    assert told.directive is Directive.STOP
+    assert "paused" in told.reason
+
+
+def test_a_late_checkpoint_is_asked_for_and_says_how_much_is_at_risk() -> None:
+    told = _told(since=21 * MINUTE)
+    assert told.directive is Directive.CHECKPOINT
+    assert "1260 s" in told.reason
+    assert "40 steps" in told.reason
+
+
+@pytest.mark.parametrize("still", [{"training": False}, {"step": 10}])
+def test_no_checkpoint_is_asked_for_while_bytes_move_or_nothing_is_new(still: dict[str, bool | int]) -> None:
+    assert _told(since=60 * MINUTE, **still).directive is Directive.CONTINUE  # type: ignore[arg-type]
+
+
+def test_backoff_doubles_and_is_bounded() -> None:
+    waits = []
+    for failures in range(1, 30):
+        until = backoff(now=NOW, failures=failures, what="this task").until
+        assert until is not None
+        waits.append(until - NOW)
+    assert waits[:3] == [timedelta(seconds=15), timedelta(seconds=30), timedelta(seconds=60)]
+    assert waits == sorted(waits)
+    assert waits[-1] == 30 * MINUTE
+
+
+def test_no_failure_means_no_wait() -> None:
+    decision = backoff(now=NOW, failures=0, what="this task")
+    assert (decision.until, decision.reason) == (None, "")
+
+
+def test_a_live_lease_that_is_renewed_and_moves_is_left_alone() -> None:
+    assert expiry_reason(now=NOW, expire_time=NOW + MINUTE, stall_time=NOW + MINUTE) is None
+
+
+def test_a_silent_worker_and_a_hung_one_lose_their_leases_for_different_reasons() -> None:
+    silent = expiry_reason(now=NOW, expire_time=NOW - MINUTE, stall_time=NOW + MINUTE)
+    hung = expiry_reason(now=NOW, expire_time=NOW + MINUTE, stall_time=NOW)
+    assert silent is not None
+    assert "not renewed" in silent
+    assert "60 s" in silent
+    assert hung is not None
+    assert "hangs" in hung
+
+
+def test_short_leases_do_not_make_a_slow_step_look_hung() -> None:
+    assert stall_deadline(now=NOW, lease=timedelta(seconds=2)) == NOW + 10 * MINUTE
+    assert stall_deadline(now=NOW, lease=5 * MINUTE) == NOW + 50 * MINUTE
+
+
+def test_an_idle_worker_asks_soon_while_work_may_come_free() -> None:
+    assert poll_after(open_tasks=3) == timedelta(seconds=10)
+    assert poll_after(open_tasks=3, renew=timedelta(seconds=0.5)) == timedelta(seconds=2)
+    assert poll_after(open_tasks=0) == MINUTE
