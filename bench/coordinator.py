@@ -25,8 +25,8 @@ import grpc
 import httpx
 import numpy as np
 import psutil
-from tests.support.coordinator import running_coordinator
 
+from bench.processes import running_coordinator
 from bench.report import Report
 from cbtm_api.v1 import resources_pb2 as pb
 from cbtm_api.v1 import worker_service_pb2 as ws
@@ -280,7 +280,7 @@ def run(report: Report, stack: ExitStack, database: str, *, quick: bool) -> None
     if database == "postgresql":
         url = stack.enter_context(running_postgres(durable=True)).url()
     environment = {"CBTM_DATABASE_URL": url} if url else {}
-    coordinator = stack.enter_context(running_coordinator(scratch / "coordinator", **environment))
+    coordinator = stack.enter_context(running_coordinator(scratch / "coordinator", environment))
     store = Store(url or f"sqlite:///{scratch / 'coordinator' / 'registry.db'}")
     stack.callback(store.close)
     target = Target(grpc=coordinator.address, http=coordinator.http_url)

@@ -1,4 +1,8 @@
-"""`Ensemble`: a run's experts as one language model."""
+"""`Ensemble`: a run's experts as one language model.
+
+Ties the parts together and checks what a user gives; the work is done in `_routing`, `_scoring`, `_decoder`,
+`_residency`. Over 400 lines because it is the public surface: half of it is signatures, overloads and their docs.
+"""
 
 from __future__ import annotations
 

@@ -60,10 +60,12 @@ def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]
     table = Table(title=title, title_justify="left", header_style="bold")
     for position, column in enumerate(columns):
         numeric = bool(rows) and all(isinstance(row[position], int | float) for row in rows)
-        table.add_column(column, justify="right" if numeric else "left", overflow="fold")
+        # An id that is cut in two cannot be copied.
+        table.add_column(column, justify="right" if numeric else "left", overflow="fold", no_wrap=column == "ID")
     for row in rows:
         table.add_row(*(show_value(value) for value in row))
-    Console().print(table)
+    # Into a pipe or a file: as wide as it takes.
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
 
 
 def show_value(value: Any) -> str:

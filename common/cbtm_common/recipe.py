@@ -111,7 +111,11 @@ class Recipe(_Strict):
     @classmethod
     def from_json(cls, text: str) -> Recipe:
         """Raises InvalidArgument, naming the field."""
-        return cls._checked(json.loads(text), source="recipe_json")
+        try:
+            data = json.loads(text)
+        except ValueError as error:
+            raise InvalidArgument(f"recipe_json: is not JSON: {error}", field="recipe_json") from error
+        return cls._checked(data, source="recipe_json")
 
     @classmethod
     def from_toml(cls, path: Path) -> Recipe:

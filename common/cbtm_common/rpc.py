@@ -164,19 +164,18 @@ class _Interceptor(grpc.UnaryUnaryClientInterceptor):  # type: ignore[type-arg] 
         )
         attempt = 0
         while True:
-            try:
-                call = continuation(details, request)
-            except ValueError as closed:
-                # What gRPC raises for a channel that another thread closed.
-                if not self._closed.is_set():
-                    raise
-                raise Cancelled("the connection to the coordinator is closed") from closed
+            call = continuation(details, request)
             error = call.exception()
             if error is None:
                 for key, value in (*(call.initial_metadata() or ()), *(call.trailing_metadata() or ())):
                     if key == HTTP_PORT_METADATA:
                         self._on_metadata(value)
                 return call
+            if not isinstance(error, grpc.RpcError):
+                # A ValueError, of all things, says that another thread closed the channel.
+                if self._closed.is_set():
+                    raise Cancelled("the connection to the coordinator is closed") from error
+                raise error
             typed = _unanswered(self._target, error) or error_of(error)
             if not isinstance(typed, RETRYABLE) or attempt + 1 >= self._policy.attempts:
                 raise typed from error
@@ -184,6 +183,20 @@ class _Interceptor(grpc.UnaryUnaryClientInterceptor):  # type: ignore[type-arg] 
             if self._closed.wait(delay):
                 raise typed from error
             attempt += 1
+
+
+class _ByName:
+    """A channel whose calls name their method instead of holding a handle for it.
+
+    gRPC makes such a handle at each call, and on a channel that another thread has just closed that crashes the
+    process; a call by name raises ValueError there.
+    """
+
+    def __init__(self, channel: grpc.Channel) -> None:
+        self._channel = channel
+
+    def unary_unary(self, method: str, serializer: Any, deserializer: Any, _registered_method: bool = False) -> Any:
+        return self._channel.unary_unary(method, serializer, deserializer)
 
 
 class Connection:
@@ -216,7 +229,8 @@ class Connection:
             on_metadata=self._note_http_port,
             closed=self._closed,
         )
-        intercepted = grpc.intercept_channel(self._channel, interceptor)
+        calls: Any = _ByName(self._channel)
+        intercepted = grpc.intercept_channel(calls, interceptor)
         self.worker = worker_service_pb2_grpc.WorkerServiceStub(intercepted)
         self.catalog = catalog_service_pb2_grpc.CatalogServiceStub(intercepted)
         self.admin = admin_service_pb2_grpc.AdminServiceStub(intercepted)

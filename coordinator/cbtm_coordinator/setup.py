@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from cbtm_common.errors import InvalidArgument
 from cbtm_common.ids import hash_secret, new_id, new_secret
 from cbtm_coordinator import migrations
 from cbtm_coordinator.config import ADMIN_TOKEN_NAME, JOIN_TOKEN_NAME, SIGNING_KEY_NAME, CoordinatorConfig
@@ -14,7 +15,13 @@ from cbtm_coordinator.store import Store, identities
 
 def initialise(config: CoordinatorConfig) -> bool:
     """Whether anything had to be made. Secrets are readable by their owner alone."""
-    config.data_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        config.data_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InvalidArgument(
+            f"data_dir: {config.data_dir} cannot be made a folder ({error.strerror}); pass another with --data-dir",
+            field="data_dir",
+        ) from error
     store = Store(config.registry_url)
     store.ping()
     migrations.upgrade(store.engine)

@@ -16,6 +16,7 @@ from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
+from rich.progress import Progress, TaskID
 from rich.text import Text
 
 from cbtm_common.cli import human_seconds
@@ -37,6 +38,8 @@ PROMPT = "The government of the United States"
 # Worker processes share the machine's cores; each takes one.
 WORKERS = 2
 _POLL_SECONDS = 1.0
+# Held-out tokens of each cluster that every model scores.
+MAX_TOKENS = 10_000
 
 
 def main() -> int:
@@ -145,8 +148,23 @@ def _evaluate(target: str, token: str, out: Path, console: Console) -> dict[str,
 
     torch.set_num_threads(WORKERS)
     cache = out / "client"
-    with console.status("scoring held-out documents with every model"):
-        found = cbtm.evaluate_run(target, run=RUN, token=token, baseline=BASELINE, cache_dir=cache).to_dict()
+    with Progress(*Progress.get_default_columns(), console=console) as bars:
+        bar_of: dict[str, TaskID] = {}
+
+        def progress(name: str, done: int, total: int) -> None:
+            if name not in bar_of:
+                bar_of[name] = bars.add_task(f"scoring with {name}", total=total)
+            bars.update(bar_of[name], completed=done)
+
+        found = cbtm.evaluate_run(
+            target,
+            run=RUN,
+            token=token,
+            baseline=BASELINE,
+            cache_dir=cache,
+            max_tokens_per_cluster=MAX_TOKENS,
+            progress=progress,
+        ).to_dict()
     with cbtm.Ensemble.from_coordinator(target, run=RUN, token=token, top_k=2, cache_dir=cache) as model:
         routings = [
             {"text": text, "weights": [{"cluster": w.index, "weight": w.weight} for w in model.route(text).weights]}
@@ -159,7 +177,7 @@ def _evaluate(target: str, token: str, out: Path, console: Console) -> dict[str,
         "clusters": found["clusters"],
         "evaluation": {k: v for k, v in found.items() if k not in ("perplexity", "clusters")},
         "routing": routings,
-        "sample": {"prompt": PROMPT, "text": str(sample)},
+        "sample": {"prompt": PROMPT, "text": sample.completion},
     }
 
 

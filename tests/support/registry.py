@@ -9,8 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from typing import TypeVar
 
-from sqlalchemy import text
-
 from cbtm_common.files import FileSpec
 from cbtm_common.ids import new_id
 from cbtm_common.recipe import LeaseRecipe, Recipe
@@ -57,9 +55,6 @@ class Registry:
         """Empty again, at the first instant: a new engine for each test would compile every statement anew."""
         self.clock.time = Clock().time
         with self.store.writing() as tx:
-            if tx.dialect.name == "postgresql":
-                tx.execute(text(f"TRUNCATE {', '.join(t.name for t in metadata.sorted_tables)}"))
-                return
             for table in reversed(metadata.sorted_tables):
                 tx.execute(table.delete())
 

@@ -28,6 +28,7 @@ from typing import Any, Self
 from cbtm_api.v1 import admin_service_pb2 as ad
 from cbtm_api.v1 import catalog_service_pb2 as cs
 from cbtm_api.v1 import resources_pb2 as pb
+from cbtm_common.files import FileSpec
 from cbtm_common.rpc import Connection, connect
 from tests.support.zygote import THROTTLE_VARIABLE, Child, Zygote
 
@@ -308,19 +309,19 @@ class Site:
             last[lease["task_id"]] = lease
         visible = "SELECT * FROM checkpoints WHERE state IN ('COMMITTED', 'ACCEPTED')"
         for row in self.rows(visible):
-            wrong = [why for file in json.loads(row["files_json"]) if (why := self._wrong_object(file))]
+            wrong = [why for file in files_from_json(row["files_json"]) if (why := self._wrong_object(file))]
             # One that was pruned since the row was read may have lost its objects.
             still = self.rows(f"{visible} AND id = '{row['id']}'")
             assert not (wrong and still), f"checkpoint {row['id']} of step {row['step']} is {row['state']}: {wrong}"
 
-    def _wrong_object(self, file: dict[str, Any]) -> str:
-        path = self.data / "objects" / "objects" / file["key"]
+    def _wrong_object(self, file: FileSpec) -> str:
+        path = self.data / "objects" / "objects" / file.key
         try:
             data = path.read_bytes()
         except FileNotFoundError:
-            return f"{file['key']} is missing"
-        good = len(data) == file["size"] and hashlib.sha256(data).hexdigest() == file["sha256"]
-        return "" if good else f"{file['key']} holds other bytes"
+            return f"{file.key} is missing"
+        good = len(data) == file.size and hashlib.sha256(data).hexdigest() == file.sha256
+        return "" if good else f"{file.key} holds other bytes"
 
     def __enter__(self) -> Self:
         return self
@@ -330,6 +331,11 @@ class Site:
             self._connection.close()
         for child in self.children:
             child.kill()
+
+
+def files_from_json(text: str) -> list[FileSpec]:
+    """As the registry keeps them; read here by hand, so that the database is all that this trusts."""
+    return [FileSpec(path=p, key=k, size=s, sha256=h) for p, k, s, h in json.loads(text)]
 
 
 def _free_port() -> int:

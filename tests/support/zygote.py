@@ -1,8 +1,8 @@
 """Real `cbtm-worker` and `cbtm-coord` processes that start in milliseconds.
 
-Importing torch and transformers takes seconds. One process, the zygote, imports all of it once and computes nothing; each
-program that a test wants is forked from it and then is a process like any other: its own pid, signals, files, exit
-code, and faults armed by `CBTM_FAULTS`. Linux and macOS.
+Importing torch and transformers takes seconds. One process, the zygote, imports all of it once and computes nothing;
+each program that a test wants is forked from it and then is a process like any other: its own pid, signals, files,
+exit code, and faults armed by `CBTM_FAULTS`. Linux and macOS.
 
     python -m tests.support.zygote      reads a JSON request a line, writes a JSON answer a line; ends with its input
 
@@ -12,6 +12,7 @@ Whatever is still running when the zygote's input ends is killed.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import random
@@ -112,25 +113,19 @@ class Zygote:
 
 # The zygote's own side
 
+_PRELOADED = """
+    scipy.sparse.linalg sklearn.decomposition sklearn.feature_extraction.text uvicorn
+    transformers.models.llama.modeling_llama transformers.models.auto.modeling_auto
+    transformers.models.auto.tokenization_auto transformers.tokenization_utils_tokenizers
+    cbtm_coordinator.cli cbtm_coordinator.create_run cbtm_coordinator.process cbtm_coordinator.setup
+    cbtm_worker.check cbtm_worker.cli cbtm_worker.loop cbtm_worker.train.trainer
+""".split()
+
 
 def _preload() -> None:
     """All that the programs import while they run; nothing here starts a thread."""
-    import scipy.sparse.linalg  # noqa: F401
-    import sklearn.decomposition
-    import sklearn.feature_extraction.text
-    import transformers.models.llama.modeling_llama  # noqa: F401
-    import uvicorn  # noqa: F401
-    from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast  # noqa: F401
-
-    import cbtm_coordinator.cli
-    import cbtm_coordinator.create_run
-    import cbtm_coordinator.process
-    import cbtm_coordinator.setup
-    import cbtm_worker.check
-    import cbtm_worker.cli
-    import cbtm_worker.loop
-    import cbtm_worker.train
-    import cbtm_worker.train.trainer  # noqa: F401
+    for name in _PRELOADED:
+        importlib.import_module(name)
 
 
 def _throttle(seconds: float) -> None:

@@ -57,6 +57,8 @@ def join(
     from cbtm_worker.signals import StopSignal
 
     logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    # At "info" it logs every URL, and a signed URL is a secret.
+    logging.getLogger("httpx").setLevel(logging.WARNING)
     config = _config(coordinator, token, device, cache_dir, name)
     config = replace(
         config,

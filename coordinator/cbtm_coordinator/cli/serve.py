@@ -6,7 +6,10 @@ from typing import Annotated, Any
 
 import typer
 
+from cbtm_common.errors import InvalidArgument
 from cbtm_coordinator.cli.options import DataDir
+
+_LOG_LEVELS = ("debug", "info", "warning", "error")
 
 DatabaseUrl = Annotated[
     str | None, typer.Option(help="postgresql://USER:PASSWORD@HOST/DB [default: SQLite in the data folder].")
@@ -41,14 +44,19 @@ def serve(
     object_store: Annotated[str | None, typer.Option(help="local, or s3://BUCKET/PREFIX [default: local].")] = None,
     s3_endpoint_url: Annotated[str | None, typer.Option(help="Endpoint of the S3-compatible store.")] = None,
     s3_public_endpoint_url: Annotated[str | None, typer.Option(help="The same, as workers reach it.")] = None,
-    log_level: Annotated[str, typer.Option(help="debug, info, warning.")] = "warning",
+    log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "warning",
 ) -> None:
     """Serve runs until SIGTERM or Ctrl-C. Prints the line with which volunteers join."""
     import logging
+    import os
 
+    # Read when gRPC is imported: what its core says of a port in use, we say in one clear line.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     from cbtm_coordinator.config import load_config
     from cbtm_coordinator.process import run_until_signalled
 
+    if log_level.lower() not in _LOG_LEVELS:
+        raise InvalidArgument(f"log-level: {log_level!r} is not one of {', '.join(_LOG_LEVELS)}", field="log-level")
     logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     flags: dict[str, Any] = {
         "data_dir": data_dir,

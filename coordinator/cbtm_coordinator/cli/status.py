@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -121,7 +122,7 @@ def run_facts(connection: Connection, run: str) -> dict[str, Any]:
                 "step": step,
                 "total_steps": task.total_steps,
                 "committed_step": task.committed_step,
-                "loss": lease.progress.loss if live and lease.progress.loss else _metric(status, "loss"),
+                "loss": _finite(lease.progress.loss) if live and lease.progress.loss else _metric(status, "loss"),
                 "tokens_per_second": lease.progress.tokens_per_second if live else None,
                 "phase": lease.progress.phase if live else None,
                 "lease_seconds_left": (from_timestamp(lease.expire_time) - now).total_seconds() if live else None,
@@ -156,7 +157,12 @@ def run_facts(connection: Connection, run: str) -> dict[str, Any]:
 
 def _metric(status: Any, name: str) -> float | None:
     value = dict(status.checkpoint.metrics).get(name)
-    return float(value) if isinstance(value, int | float) else None
+    return _finite(value) if isinstance(value, int | float) else None
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no NaN, which is what the loss of a run that diverged is."""
+    return float(value) if math.isfinite(value) else None
 
 
 _STATE_STYLE = {

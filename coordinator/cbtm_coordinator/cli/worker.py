@@ -31,7 +31,7 @@ def list_workers(
             for w in answer.workers:
                 state = pb.WorkerState.Name(w.state).removeprefix("WORKER_STATE_")
                 seen = int((datetime.now(UTC) - from_timestamp(w.last_seen_time)).total_seconds())
-                memory = human_bytes(w.hardware.device_memory_bytes)
+                memory = human_bytes(w.hardware.device_memory_bytes or w.hardware.memory_bytes)
                 device = w.hardware.device_name or w.hardware.device_type
                 task = w.lease.task_id if w.HasField("lease") else None
                 rows.append(

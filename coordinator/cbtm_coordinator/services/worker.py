@@ -74,7 +74,8 @@ class WorkerServicer(WorkerServiceServicer):
         def answer(tx: Connection) -> ws.AcquireLeaseResponse:
             now = self._store.now()
             run_id = runs.get(tx, request.run).id if request.run else None
-            identities.seen(tx, now, worker_id, hardware_json=_hardware_json(request.hardware))
+            hardware = _hardware_json(request.hardware) if request.HasField("hardware") else ""
+            identities.seen(tx, now, worker_id, hardware_json=hardware)
             worker = identities.get_worker(tx, worker_id)
             if worker.not_before_time is not None and worker.not_before_time > now:
                 return ws.AcquireLeaseResponse(retry_after=duration(worker.not_before_time - now), reason=worker.reason)

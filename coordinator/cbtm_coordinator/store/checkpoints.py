@@ -109,6 +109,8 @@ def commit(
 
     `checkpoint` is the record whose files were verified; when its worker announced other files since, it is refused.
     """
+    # Locked first: a duplicate of this call waits here, and then sees what the first one did.
+    tasks.get_task(tx, checkpoint.task_id, lock=True)
     current = get(tx, checkpoint.id)
     if current.state in (CheckpointState.COMMITTED, CheckpointState.ACCEPTED):
         return current, tasks.get_task(tx, checkpoint.task_id)

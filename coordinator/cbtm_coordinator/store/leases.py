@@ -296,8 +296,10 @@ def release(
     detail: str = "",
 ) -> tuple[LeaseRecord, TaskRecord]:
     """Gives a task back. A failure counts an attempt, and the last one fails the task and its run."""
-    lease, task = require(tx, lease_id, epoch, worker_id)
-    end_lease(tx, now, lease, "release", LeaseState.RELEASED, detail)
+    lease, _ = require(tx, lease_id, epoch, worker_id)
+    if not end_lease(tx, now, lease, "release", LeaseState.RELEASED, detail):
+        raise lost(get_lease(tx, lease_id), epoch)
+    task = get_task(tx, lease.task_id, lock=True)
     events.append(
         tx,
         now,
@@ -350,7 +352,7 @@ def expire(tx: Connection, now: datetime, lease: LeaseRecord) -> LeaseRecord | N
     )
     if ended.rowcount != 1:
         return None
-    task = get_task(tx, lease.task_id)
+    task = get_task(tx, lease.task_id, lock=True)
     events.append(
         tx,
         now,
@@ -375,9 +377,12 @@ def revoke_leases(tx: Connection, now: datetime, *, reason: str, worker_id: str 
     """Takes away the live leases of a worker or of a task; their tasks are open again, no attempt counted."""
     condition = leases.c.worker_id == worker_id if worker_id else leases.c.task_id == task_id
     rows = tx.execute(select(leases).where(and_(condition, leases.c.state == LeaseState.LIVE.value))).all()
+    ended = 0
     for lease in map(LeaseRecord.of, rows):
-        end_lease(tx, now, lease, "revoke", LeaseState.REVOKED, reason)
-        task = get_task(tx, lease.task_id)
+        if not end_lease(tx, now, lease, "revoke", LeaseState.REVOKED, reason):
+            continue
+        ended += 1
+        task = get_task(tx, lease.task_id, lock=True)
         events.append(
             tx,
             now,
@@ -390,4 +395,4 @@ def revoke_leases(tx: Connection, now: datetime, *, reason: str, worker_id: str 
         )
         if task.state is TaskState.LEASED:
             reopen(tx, now, task, event="revoke", reason=reason, counts=False)
-    return len(rows)
+    return ended

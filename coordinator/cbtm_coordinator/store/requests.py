@@ -32,9 +32,16 @@ def once(
         raise InvalidArgument("request_id: a UUID is needed in every mutation", field="request_id")
     key = {"request_id": request_id, "method": method, "principal": principal}
     dialect = postgresql if tx.dialect.name == "postgresql" else sqlite
-    claimed = tx.execute(dialect.insert(requests).values(**key, response=b"", create_time=now).on_conflict_do_nothing())
+    # Asked by a returned row: what drivers count for an insertion that did nothing differs.
+    claim = (
+        dialect.insert(requests)
+        .values(**key, response=b"", create_time=now)
+        .on_conflict_do_nothing()
+        .returning(requests.c.request_id)
+    )
+    claimed = tx.execute(claim).first() is not None
     where = [column == key[column.name] for column in requests.primary_key.columns]
-    if claimed.rowcount == 0:
+    if not claimed:
         return bytes(tx.execute(select(requests.c.response).where(*where)).scalar_one())
     response = answer()
     tx.execute(requests.update().where(*where).values(response=response))

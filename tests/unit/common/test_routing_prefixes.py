@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
@@ -54,7 +56,7 @@ def test_every_prefix_weighs_as_it_does_alone(text: str) -> None:
 def test_a_text_that_grows_in_pieces_weighs_as_the_whole(text: str, cuts: list[int]) -> None:
     places = sorted({0, len(text), *(min(cut, len(text)) for cut in cuts)})
     running = ROUTER.start()
-    for start, end in zip(places, places[1:], strict=False):
+    for start, end in pairwise(places):
         running = ROUTER.advance(running, text[start:end])
     np.testing.assert_allclose(ROUTER.running_weights([running]), ROUTER.weights([text]), atol=1e-6)
 

@@ -34,15 +34,11 @@ def test_weights_are_a_softmax_of_negative_squared_distance_over_temperature() -
 def test_the_quartic_distance_squares_the_squared_distance_again() -> None:
     d2 = np.array([0.0, 2.0, 0.9**2 + 0.1**2])
     expected = np.exp(-(d2**2) / 0.5) / np.exp(-(d2**2) / 0.5).sum()
-    np.testing.assert_allclose(
-        make_router().weights(["east"], distance=Distance.QUARTIC)[0], expected, rtol=1e-6
-    )
+    np.testing.assert_allclose(make_router().weights(["east"], distance=Distance.QUARTIC)[0], expected, rtol=1e-6)
 
 
 def test_a_temperature_given_is_used_in_place_of_the_routers() -> None:
-    np.testing.assert_allclose(
-        make_router(0.5).weights(["east"], temperature=3.0), make_router(3.0).weights(["east"])
-    )
+    np.testing.assert_allclose(make_router(0.5).weights(["east"], temperature=3.0), make_router(3.0).weights(["east"]))
 
 
 def test_a_low_temperature_neither_overflows_nor_loses_the_sum() -> None:

@@ -19,7 +19,7 @@ from cbtm_coordinator.lifecycle import (
     transition,
 )
 
-_KINDS = (RunState, TaskState, LeaseState, CheckpointState)
+_KINDS: tuple[type[State], ...] = (RunState, TaskState, LeaseState, CheckpointState)
 _PAIRS = [
     (state, event)
     for kind in _KINDS

@@ -1,0 +1,1 @@
+"""The gRPC services: thin, typed, over the store and the object store."""

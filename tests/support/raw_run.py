@@ -1,0 +1,210 @@
+"""A run made and worked on by raw calls, without clustering or training: for tests of the services themselves.
+
+Its files are small but real: token shards, a clustering model that can be loaded, checkpoints with safetensors in them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from cbtm_api.v1 import admin_service_pb2 as ad
+from cbtm_api.v1 import resources_pb2 as pb
+from cbtm_api.v1 import worker_service_pb2 as ws
+from cbtm_common.files import describe
+from cbtm_common.ids import cluster_id, new_request_id
+from cbtm_common.protos import JsonValue, struct
+from cbtm_common.recipe import LeaseRecipe, Recipe
+from cbtm_common.routing import CentroidRouter
+from cbtm_common.routing.embedding import TermEmbedding
+from cbtm_common.rpc import Connection
+from cbtm_common.shards import write_shard
+from cbtm_common.transfer import Transfer
+from tests.support.coordinator import RunningCoordinator
+
+STEPS = 10
+RECIPE = Recipe(
+    sequence_length=8,
+    global_batch=1,
+    steps=STEPS,
+    lease=LeaseRecipe(lease_seconds=120, renew_seconds=1, checkpoint_seconds=600, max_attempts=3),
+)
+_VOCABULARY = 50
+_EOS = 0
+
+
+def make_run(
+    admin: Connection, folder: Path, *, name: str = "web", clusters: int = 2, recipe: Recipe = RECIPE
+) -> pb.Run:
+    """A run in TRAINING with one training and one held-out shard for each cluster."""
+    run = create_run(admin, name=name, clusters=clusters, recipe=recipe)
+    work = folder / name
+    for kind, made in _run_files(run, work, clusters).items():
+        upload_run_files(admin, run, kind, made)
+    new = [_cluster(admin, run, index, work / "shards") for index in range(clusters)]
+    register = ad.RegisterClustersRequest(request_id=new_request_id(), run_id=run.id, clusters=new)
+    admin.admin.RegisterClusters(register)
+    start = ad.StartRunRequest(request_id=new_request_id(), run_id=run.id, model_parameters=25)
+    return admin.admin.StartRun(start).run
+
+
+def create_run(admin: Connection, *, name: str = "web", clusters: int = 2, recipe: Recipe = RECIPE) -> pb.Run:
+    """A run in DRAFT."""
+    create = ad.CreateRunRequest(
+        request_id=new_request_id(), name=name, cluster_count=clusters, recipe_json=recipe.to_json()
+    )
+    return admin.admin.CreateRun(create).run
+
+
+def upload_run_files(admin: Connection, run: pb.Run, kind: ad.RunFileKind.ValueType, folder: Path) -> None:
+    """All files in `folder`, as `kind`."""
+    files = [spec.to_proto() for spec in describe(folder)]
+    prepare = ad.PrepareRunUploadRequest(request_id=new_request_id(), run_id=run.id, kind=kind, files=files)
+    with Transfer(base_url=lambda: admin.http_base) as transfer:
+        for upload in admin.admin.PrepareRunUpload(prepare).uploads:
+            transfer.upload(upload, folder / upload.file.path)
+
+
+def _run_files(run: pb.Run, work: Path, clusters: int) -> dict[ad.RunFileKind.ValueType, Path]:
+    tokenizer, base, router = work / "tokenizer", work / "base", work / "router"
+    for folder in (tokenizer, base, router):
+        folder.mkdir(parents=True)
+    (tokenizer / "tokenizer.json").write_text("{}")
+    (base / "config.json").write_text("{}")
+    save_file({"weight": np.ones((5, 5), np.float32)}, base / "model.safetensors")
+    terms = [f"term{index}" for index in range(clusters)]
+    CentroidRouter(
+        cluster_ids=[cluster_id(run.id, index) for index in range(clusters)],
+        embedding=TermEmbedding(terms, np.eye(clusters, dtype=np.float32)),
+        centroids=np.eye(clusters, dtype=np.float32),
+        prior=np.full(clusters, 1 / clusters, np.float32),
+    ).save(router)
+    return {
+        ad.RUN_FILE_KIND_TOKENIZER: tokenizer,
+        ad.RUN_FILE_KIND_BASE_MODEL: base,
+        ad.RUN_FILE_KIND_CLUSTERING: router,
+    }
+
+
+def _cluster(admin: Connection, run: pb.Run, index: int, work: Path) -> ad.NewCluster:
+    shards = []
+    for split in (pb.SPLIT_TRAIN, pb.SPLIT_HELD_OUT):
+        folder = work / f"{index}-{pb.Split.Name(split)}"
+        folder.mkdir(parents=True)
+        # No two shards are alike, and every document ends with the end-of-sequence token.
+        tokens = np.array([1 + index, int(split), *range(10, 30), _EOS], dtype=np.uint16)
+        written = folder / "written"
+        write_shard(written, tokens, np.array([0], np.int64), vocab_size=_VOCABULARY, eos_token_id=_EOS)
+        digest = hashlib.sha256(written.read_bytes()).hexdigest()
+        written.rename(folder / f"{digest}.safetensors")
+        upload_run_files(admin, run, ad.RUN_FILE_KIND_SHARD, folder)
+        (spec,) = describe(folder)
+        shards.append(ad.NewShard(split=split, ordinal=0, file=spec.to_proto(), tokens=len(tokens), documents=1))
+    return ad.NewCluster(index=index, documents=2, top_terms=["a"], example_documents=["An example."], shards=shards)
+
+
+def checkpoint_folder(folder: Path, *, salt: int = 0, final: bool = False) -> Path:
+    """The files of a checkpoint, as a worker writes them; those of another `salt` differ."""
+    model = folder / "model"
+    model.mkdir(parents=True)
+    (model / "config.json").write_text("{}")
+    save_file({"weight": np.full((5, 5), salt, np.float32)}, model / "model.safetensors")
+    (folder / "state.json").write_text(f'{{"salt":{salt}}}')
+    if not final:
+        save_file({"exp_avg": np.full((5, 5), salt, np.float32)}, folder / "optimizer.safetensors")
+    return folder
+
+
+class RawWorker:
+    """A registered worker that makes each call by hand."""
+
+    def __init__(self, coordinator: RunningCoordinator, *, name: str = "gpu", token: str | None = None) -> None:
+        self.connection = coordinator.connect(token or coordinator.token("join"))
+        hardware = pb.Hardware(device_type="cpu", threads=1)
+        register = ws.RegisterRequest(request_id=new_request_id(), name=name, hardware=hardware, version="0.1.0")
+        registered = self.connection.worker.Register(register)
+        self.id = registered.worker.id
+        self.connection.credential = registered.credential
+        self.calls = self.connection.worker
+        self.transfer = Transfer(base_url=lambda: self.connection.http_base)
+
+    def acquire(self, request_id: str = "") -> ws.AcquireLeaseResponse:
+        return self.calls.AcquireLease(ws.AcquireLeaseRequest(request_id=request_id or new_request_id()))
+
+    def lease(self) -> pb.Lease:
+        """A lease that must be there to get."""
+        answer = self.acquire()
+        assert answer.HasField("lease"), answer.reason
+        return answer.lease
+
+    def renew(self, lease: pb.Lease, *, step: int = 0) -> ws.RenewLeaseResponse:
+        request = ws.RenewLeaseRequest(lease_id=lease.id, epoch=lease.epoch, progress=pb.Progress(step=step))
+        return self.calls.RenewLease(request)
+
+    def prepare(self, lease: pb.Lease, step: int, files: Sequence[pb.FileSpec]) -> ws.PrepareUploadResponse:
+        return self.calls.PrepareUpload(
+            ws.PrepareUploadRequest(
+                request_id=new_request_id(), lease_id=lease.id, epoch=lease.epoch, step=step, files=files
+            )
+        )
+
+    def upload(self, lease: pb.Lease, step: int, folder: Path) -> ws.PrepareUploadResponse:
+        """Prepares and sends all files of a checkpoint."""
+        prepared = self.prepare(lease, step, [spec.to_proto() for spec in describe(folder)])
+        for upload in prepared.uploads:
+            self.transfer.upload(upload, folder / upload.file.path)
+        return prepared
+
+    def commit(
+        self,
+        lease: pb.Lease,
+        checkpoint_id: str,
+        *,
+        request_id: str = "",
+        metrics: dict[str, JsonValue] | None = None,
+    ) -> ws.CommitCheckpointResponse:
+        return self.calls.CommitCheckpoint(
+            ws.CommitCheckpointRequest(
+                request_id=request_id or new_request_id(),
+                lease_id=lease.id,
+                epoch=lease.epoch,
+                checkpoint_id=checkpoint_id,
+                metrics=struct(metrics or {}),
+            )
+        )
+
+    def save(self, lease: pb.Lease, step: int, folder: Path) -> ws.CommitCheckpointResponse:
+        """A checkpoint sent and committed."""
+        return self.commit(lease, self.upload(lease, step, folder).checkpoint.id)
+
+    def release(
+        self,
+        lease: pb.Lease,
+        reason: ws.ReleaseReason.ValueType = ws.RELEASE_REASON_FINISHED,
+        *,
+        request_id: str = "",
+    ) -> ws.ReleaseLeaseResponse:
+        return self.calls.ReleaseLease(
+            ws.ReleaseLeaseRequest(
+                request_id=request_id or new_request_id(),
+                lease_id=lease.id,
+                epoch=lease.epoch,
+                release_reason=reason,
+            )
+        )
+
+    def download(self, lease: pb.Lease, files: Sequence[pb.FileSpec], folder: Path) -> list[Path]:
+        request = ws.PrepareDownloadRequest(lease_id=lease.id, epoch=lease.epoch, keys=[f.key for f in files])
+        paths = []
+        for number, download in enumerate(self.calls.PrepareDownload(request).downloads):
+            paths.append(folder / f"{number}")
+            self.transfer.download(download, paths[-1])
+        return paths
+
+    def close(self) -> None:
+        self.transfer.close()
+        self.connection.close()
