@@ -77,7 +77,7 @@ def fill(store: Store, *, open_tasks: int, name: str) -> str:
         run = runs.get(tx, run.id)
         tasks.create_tasks(tx, now, run, seed_steps=0, expert_steps=recipe.steps)
         seed = [FileSpec(path="config.json", key=f"runs/{run.id}/base/config.json", size=1, sha256="0" * 64)]
-        experts.add_expert(tx, now, run_id=run.id, cluster_id=None, cluster_index=-1, files=seed)
+        experts.add(tx, now, run_id=run.id, cluster_id=None, cluster_index=-1, files=seed)
         runs.change_state(tx, now, run, "start_training", "")
     return run.id
 

@@ -5,6 +5,8 @@
     model.perplexity(texts); model.score(texts); model.route("text"); model.generate("Once", max_new_tokens=64)
     model.save("ensemble/"); cbtm.Ensemble.load("ensemble/")
 
+    transformers.AutoModelForCausalLM.from_pretrained("ensemble/")      # after `import cbtm`
+
 Names are loaded when first used: importing this package costs nothing, and torch comes with the first model.
 """
 
@@ -13,9 +15,13 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from cbtm import _auto
+
 if TYPE_CHECKING:
+    from cbtm._config import CbtmConfig
     from cbtm._ensemble import Ensemble
     from cbtm._evaluate import Evaluation, evaluate, evaluate_run
+    from cbtm._model import CbtmForCausalLM
     from cbtm._parts import ClusterInfo
     from cbtm._results import ClusterWeight, Generation, HeldOutDocument, PerplexityResult, Routing, Score
     from cbtm._routing import Policy, RoutingOptions
@@ -35,7 +41,9 @@ if TYPE_CHECKING:
 
 _HOME = {
     "AlreadyExists": "cbtm_common.errors",
+    "CbtmConfig": "cbtm._config",
     "CbtmError": "cbtm_common.errors",
+    "CbtmForCausalLM": "cbtm._model",
     "ClusterInfo": "cbtm._parts",
     "ClusterWeight": "cbtm._results",
     "Distance": "cbtm_common.routing",
@@ -63,7 +71,9 @@ _HOME = {
 
 __all__ = [
     "AlreadyExists",
+    "CbtmConfig",
     "CbtmError",
+    "CbtmForCausalLM",
     "ClusterInfo",
     "ClusterWeight",
     "Distance",
@@ -100,3 +110,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+_auto.install()

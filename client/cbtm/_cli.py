@@ -191,13 +191,14 @@ def route_command(
         return
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     table = Table("Text", "Cluster", "Weight", "Its words", header_style="bold")
     for routing in routings:
         for place, weight in enumerate(routing.weights):
             shown = routing.text if len(routing.text) <= 60 else routing.text[:57] + "…"
             table.add_row(
-                "" if place else shown, str(weight.index), f"{weight.weight:.3f}", ", ".join(weight.top_terms[:6])
+                "" if place else Text(shown), str(weight.index), f"{weight.weight:.3f}", ", ".join(weight.top_terms[:6])
             )
         table.add_section()
     Console().print(table)

@@ -18,7 +18,7 @@ import numpy as np
 
 from cbtm._mixture import LogMixture, log_softmax
 from cbtm._residency import ExpertPool
-from cbtm._routing import ContextRouter, Float64
+from cbtm._routing import ContextRouter, ContextState, Float64, Policy
 from cbtm_common.errors import InvalidArgument
 
 if TYPE_CHECKING:
@@ -44,10 +44,11 @@ class ExpertCache:
             return self._lengths[row]
         return int(self._aside[row][0][0].shape[1]) if row in self._aside else 0
 
-    def advance(self, model: PreTrainedModel, contexts: Mapping[int, Sequence[int]]) -> torch.Tensor:
-        """Logits after the last token of each context, [R, V], in the order of `contexts` (by row).
+    def advance(self, model: PreTrainedModel, contexts: Mapping[int, Sequence[int]], *, keep: int = 1) -> torch.Tensor:
+        """Logits after each of the last `keep` tokens of each context, [R, keep, V], in the order of `contexts`.
 
-        Reads the tokens not yet seen; each context has at least one.
+        Reads the tokens not yet seen; each context has at least one. What stands before a context's unseen tokens,
+        where they are fewer than `keep`, means nothing.
         """
         import torch
 
@@ -57,19 +58,21 @@ class ExpertCache:
             # New rows go together, whatever their lengths; the others with those that lag as far behind.
             groups.setdefault(len(ids) if self.seen(row) else 0, []).append(row)
         if len(groups) == 1 and list(contexts) == list(self._lengths):
-            return self._forward(model, unseen)
+            return self._forward(model, unseen, keep)
         logits: dict[int, torch.Tensor] = {}
         for group in groups.values():
             self._set_aside()
             self._take_up(group)
-            output_RV = self._forward(model, {row: unseen[row] for row in group})
-            logits.update(zip(group, output_RV, strict=True))
+            output_RMV = self._forward(model, {row: unseen[row] for row in group}, keep)
+            logits.update(zip(group, output_RMV, strict=True))
         return torch.stack([logits[row] for row in contexts])
 
     def reorder(self, rows: Sequence[int]) -> None:
         """Row i becomes what row `rows[i]` was."""
         import torch
 
+        if list(rows) == list(self._lengths) and not self._aside:
+            return
         self._aside = {new: self._aside[old] for new, old in enumerate(rows) if old in self._aside}
         place = {row: i for i, row in enumerate(self._lengths)}
         kept = [(new, old) for new, old in enumerate(rows) if old in place]
@@ -80,13 +83,13 @@ class ExpertCache:
             self._active = None
         self._lengths = {new: self._lengths[old] for new, old in kept}
 
-    def _forward(self, model: PreTrainedModel, unseen: Mapping[int, list[int]]) -> torch.Tensor:
+    def _forward(self, model: PreTrainedModel, unseen: Mapping[int, list[int]], keep: int) -> torch.Tensor:
         import torch
         from transformers import DynamicCache
 
         device = model.device
         past = self._active.get_seq_length() if self._active is not None else 0
-        width = max(map(len, unseen.values()))
+        width = max(keep, *map(len, unseen.values()))
         total = past + width
         lengths = {row: self._lengths.get(row, 0) + len(ids) for row, ids in unseen.items()}
         input_ids = torch.tensor([[0] * (width - len(ids)) + ids for ids in unseen.values()], device=device)
@@ -101,7 +104,7 @@ class ExpertCache:
             self._active = DynamicCache()
         with torch.inference_mode():
             output = model(
-                input_ids=input_ids, past_key_values=self._active, use_cache=True, logits_to_keep=1, **options
+                input_ids=input_ids, past_key_values=self._active, use_cache=True, logits_to_keep=keep, **options
             )
         if type(output.past_key_values) is not DynamicCache:
             raise InvalidArgument(
@@ -110,8 +113,15 @@ class ExpertCache:
             )
         self._active = output.past_key_values
         self._lengths = lengths
-        logits_RV: torch.Tensor = output.logits[:, -1]
-        return logits_RV
+        logits_RMV: torch.Tensor = output.logits[:, -keep:]
+        return logits_RMV
+
+    def crop(self, lengths: Sequence[int]) -> None:
+        """Forgets what row i has beyond `lengths[i]` tokens."""
+        self._set_aside()
+        for row, layers in list(self._aside.items()):
+            if self.seen(row) > lengths[row]:
+                self._aside[row] = tuple((k[:, : lengths[row]], v[:, : lengths[row]]) for k, v in layers)
 
     def _set_aside(self) -> None:
         if self._active is not None:
@@ -155,7 +165,8 @@ class MixtureDecoder:
         self._pool = pool
         self._router = router
         self._ids = [list(ids) for ids in contexts]
-        self._states = [router.start(ids) for ids in contexts]
+        # Of each row, after its last token; None until first asked for.
+        self._states: list[ContextState | None] = [None] * len(self._ids)
         self._caches: dict[int, ExpertCache] = {}
         self._weights: Float64 | None = None
         self._log_probs: torch.Tensor | None = None
@@ -168,45 +179,33 @@ class MixtureDecoder:
     def weights(self) -> Float64:
         """[B, K], for the next token of each row."""
         if self._weights is None:
-            self._weights = self._router.weights(self._states)
+            self._weights = self._router.weights([self._state(row) for row in range(len(self._ids))])
         return self._weights
 
     def log_probs(self) -> torch.Tensor:
         """log p(next token), [B, V], float32, on the pool's device."""
         if self._log_probs is None:
-            self._log_probs = self._compute()
+            self._log_probs = self._mix(self.weights[:, None], keep=1)[:, 0]
         return self._log_probs
-
-    def _compute(self) -> torch.Tensor:
-        import torch
-
-        weights_BK = self.weights
-        used = np.flatnonzero(weights_BK.any(axis=0)).tolist()
-        mixture: LogMixture | None = None
-        for expert in self._pool.order(used):
-            rows = np.flatnonzero(weights_BK[:, expert]).tolist()
-            cache = self._caches.setdefault(expert, ExpertCache())
-            logits_RV = cache.advance(self._pool.get(expert), {row: self._ids[row] for row in rows})
-            log_probs_RV = log_softmax(logits_RV)
-            if len(used) == 1:
-                return log_probs_RV
-            if mixture is None:
-                mixture = LogMixture(len(self._ids), log_probs_RV.shape[-1], log_probs_RV.device)
-            device = log_probs_RV.device
-            mixture.add(
-                torch.tensor(rows, device=device),
-                log_probs_RV,
-                torch.tensor(weights_BK[rows, expert], dtype=torch.float32, device=device),
-            )
-        assert mixture is not None, "weights of a row sum to 1"
-        return mixture.result()
 
     def push(self, tokens: Sequence[int]) -> None:
         """One more token for every row."""
         for row, token in enumerate(tokens):
+            self._states[row] = self._router.push(self._state(row), token)
             self._ids[row].append(token)
-            self._states[row] = self._router.push(self._states[row], token)
         self._weights = self._log_probs = None
+
+    def extend(self, tokens: Sequence[Sequence[int]], keep: int) -> torch.Tensor:
+        """At least one more token for every row; log-probabilities after each of the last `keep`, [B, keep, V].
+
+        Row b has `min(keep, len(tokens[b]))` of them, at the end; before them stands -inf.
+        """
+        weights_BMK = np.zeros((len(self._ids), keep, len(self._pool)))
+        for row, new in enumerate(tokens):
+            weights_BMK[row, -min(keep, len(new)) :] = self._follow(row, new, min(keep, len(new)))
+        log_probs_BMV = self._mix(weights_BMK, keep=keep)
+        self._weights, self._log_probs = weights_BMK[:, -1], log_probs_BMV[:, -1]
+        return log_probs_BMV
 
     def reorder(self, rows: Sequence[int]) -> None:
         """Row i becomes what row `rows[i]` was: to drop finished rows, or to follow beams."""
@@ -218,3 +217,73 @@ class MixtureDecoder:
             self._weights = self._weights[list(rows)]
         if self._log_probs is not None:
             self._log_probs = self._log_probs[list(rows)]
+
+    def crop(self, tokens: int) -> None:
+        """Takes the last `tokens` tokens off every row, which must have more."""
+        for row, ids in enumerate(self._ids):
+            del ids[len(ids) - tokens :]
+            # Under policy `prompt` the weights were settled before these tokens came.
+            if self._router.options.policy is Policy.PREFIX:
+                self._states[row] = None
+        for cache in self._caches.values():
+            cache.crop([len(ids) for ids in self._ids])
+        self._weights = self._log_probs = None
+
+    def _state(self, row: int) -> ContextState:
+        state = self._states[row]
+        if state is None:
+            state = self._states[row] = self._router.start(self._ids[row])
+        return state
+
+    def _follow(self, row: int, new: Sequence[int], keep: int) -> Float64:
+        """Appends `new` to a row, and gives the weights after each of its last `keep` tokens, [keep, K]."""
+        known, ids = self._states[row], self._ids[row]
+        ids.extend(new)
+        if known is None and self._router.options.policy is not Policy.PREFIX:
+            # The prompt is all that came first.
+            known = self._states[row] = self._router.start(ids)
+        elif known is None:
+            known = self._router.start(ids[: len(ids) - keep + 1])
+            new = new[len(new) - keep + 1 :]
+            states = [known]
+        else:
+            states = []
+        if known.settled is not None:
+            return np.repeat(self._router.weights([known]), keep, axis=0)
+        for token in new:
+            known = self._router.push(known, token)
+            states.append(known)
+        self._states[row] = known
+        return self._router.weights(states[-keep:])
+
+    def _mix(self, weights_BMK: Float64, *, keep: int) -> torch.Tensor:
+        import torch
+
+        used = np.flatnonzero(weights_BMK.any(axis=(0, 1))).tolist()
+        B = len(self._ids)
+        mixture: LogMixture | None = None
+        for expert in self._pool.order(used):
+            weights_BM = weights_BMK[:, :, expert]
+            rows = np.flatnonzero(weights_BM.any(axis=1)).tolist()
+            cache = self._caches.setdefault(expert, ExpertCache())
+            logits_RMV = cache.advance(self._pool.get(expert), {row: self._ids[row] for row in rows}, keep=keep)
+            everywhere = bool((weights_BM > 0).all())
+            if len(used) == 1 and everywhere:
+                return log_softmax(logits_RMV)
+            V, device = logits_RMV.shape[-1], logits_RMV.device
+            if mixture is None:
+                mixture = LogMixture(B * keep, V, device)
+            if everywhere:
+                mixture.add(
+                    None, log_softmax(logits_RMV).reshape(B * keep, V), torch.from_numpy(weights_BM.reshape(B * keep))
+                )
+                continue
+            here_P = np.flatnonzero(weights_BM[rows].reshape(-1))
+            places_P = (np.array(rows)[:, None] * keep + np.arange(keep)).reshape(-1)[here_P]
+            mixture.add(
+                torch.from_numpy(places_P).to(device),
+                log_softmax(logits_RMV.reshape(-1, V)[torch.from_numpy(here_P).to(device)]),
+                torch.from_numpy(weights_BM.reshape(-1)[places_P]),
+            )
+        assert mixture is not None, "weights of a row sum to 1"
+        return mixture.result().view(B, keep, -1)

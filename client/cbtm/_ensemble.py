@@ -16,8 +16,8 @@ import numpy as np
 
 from cbtm._decoder import MixtureDecoder
 from cbtm._folder import load_parts, save_parts
+from cbtm._forward import position_log_probs
 from cbtm._generate import GenerateOptions, generate
-from cbtm._mixture import LogMixture, log_softmax
 from cbtm._parts import ClusterInfo, EnsembleParts
 from cbtm._residency import ExpertPool, Placement
 from cbtm._results import ClusterWeight, Generation, PerplexityResult, Routing, Score, perplexity_of
@@ -135,12 +135,14 @@ class Ensemble:
         *,
         overwrite: bool = False,
         report: Callable[[str], None] = lambda _: None,
+        extra: Mapping[str, str] | None = None,
     ) -> None:
         """Writes all of it to one folder (see `cbtm._folder`), fetching experts that are not on this disk yet.
 
-        `report` is told of each model as it is written. Raises AlreadyExists when something is at `path`.
+        `report` is told of each model as it is written; `extra` are more text files by name, for the top of the
+        folder. Raises AlreadyExists when something is at `path`.
         """
-        save_parts(self._parts, Path(path), overwrite=overwrite, report=report)
+        save_parts(self._parts, Path(path), self.routing, overwrite=overwrite, report=report, extra=extra or {})
 
     def with_routing(
         self,
@@ -395,25 +397,8 @@ class Ensemble:
             )
         if int(ids_BT.min()) < 0 or int(ids_BT.max()) >= vocabulary:
             raise InvalidArgument(f"input_ids: ids are from 0 to {vocabulary - 1}", field="input_ids")
-        if self._router.options.policy is Policy.PROMPT:
-            raise InvalidArgument("policy: 'prompt' has no prompt here", field="policy")
-        # The id put after each row stands for the token to predict; no weight looks at it.
-        weights_BTK = np.stack([self._router.positions([*row, 0], 1) for row in ids_BT.tolist()])
-        B, T = ids_BT.shape
-        mixture: LogMixture | None = None
-        for expert in self._pool.order(np.flatnonzero(weights_BTK.any(axis=(0, 1))).tolist()):
-            rows = np.flatnonzero(weights_BTK[:, :, expert].any(axis=1))
-            model = self._pool.get(expert)
-            with torch.inference_mode():
-                logits_RTV = model(input_ids=ids_BT[torch.from_numpy(rows)].to(model.device), use_cache=False).logits
-            weights_P = torch.from_numpy(weights_BTK[rows, :, expert].reshape(-1)).to(model.device)
-            used_P = weights_P > 0
-            places_P = torch.from_numpy((rows[:, None] * T + np.arange(T)).reshape(-1)).to(model.device)
-            if mixture is None:
-                mixture = LogMixture(B * T, logits_RTV.shape[-1], logits_RTV.device)
-            mixture.add(places_P[used_P], log_softmax(logits_RTV.flatten(0, 1)[used_P]), weights_P[used_P].float())
-        assert mixture is not None, "weights of a position sum to 1"
-        return mixture.result().reshape(B, T, -1)
+        rows = ids_BT.tolist()
+        return position_log_probs(self._pool, self._router, rows, [0] * len(rows)).view(*ids_BT.shape, -1)
 
     # Between text and tokens
 
@@ -485,9 +470,10 @@ class Ensemble:
 def _load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-    # Registers the model type of a saved ensemble, whose folder this may be.
-    from cbtm import _config  # noqa: F401
+    from cbtm._auto import register_config
 
+    # The folder may be a saved ensemble's, with a config.json of its model type.
+    register_config()
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except (ValueError, OSError, KeyError) as error:

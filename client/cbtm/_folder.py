@@ -1,7 +1,8 @@
 """An ensemble in one folder, to copy, publish and load with no coordinator.
 
     cbtm.json            format, run, clusters and their experts by id, recipe, length and SHA-256 of every file
-    config.json          model_type "cbtm", for `transformers`
+    config.json          model_type "cbtm", for `transformers`: what the experts have in common, how they are mixed
+    modeling_cbtm.py     for programs that do not `import cbtm`: names its classes, to load with trust_remote_code=True
     tokenizer.json, …    the tokenizer
     router/              router.json, router.safetensors
     experts/0000/, …     plain Hugging Face directories: each loads alone with AutoModelForCausalLM
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from cbtm._parts import ClusterInfo, EnsembleParts
+from cbtm._routing import RoutingOptions
 from cbtm_common.errors import AlreadyExists, IntegrityError, InvalidArgument, NotFound
 from cbtm_common.files import describe, hash_file, safe_join
 from cbtm_common.recipe import Recipe
@@ -98,9 +100,17 @@ def _parts(path: Path, manifest: dict[str, Any]) -> EnsembleParts:
 
 
 def save_parts(
-    parts: EnsembleParts, path: Path, *, overwrite: bool = False, report: Callable[[str], None] = lambda _: None
+    parts: EnsembleParts,
+    path: Path,
+    routing: RoutingOptions,
+    *,
+    overwrite: bool = False,
+    report: Callable[[str], None] = lambda _: None,
+    extra: Mapping[str, str] | None = None,
 ) -> None:
     """Writes `parts` to `path`, fetching what is not on this disk yet. `report` is told of each step.
+
+    `extra` are text files for the top of the folder, by name; a config.json among them replaces the usual one.
 
     Raises AlreadyExists when something is there, unless `overwrite` and it is a saved ensemble.
     """
@@ -113,7 +123,7 @@ def save_parts(
     unique = uuid.uuid4().hex[:8]
     building, old = (path.with_name(f".{path.name}.{unique}.{kind}") for kind in ("new", "old"))
     try:
-        _write(parts, building, report)
+        _write(parts, routing, building, report, extra or {})
         if path.exists():
             path.rename(old)
         building.rename(path)
@@ -122,33 +132,54 @@ def save_parts(
         shutil.rmtree(old, ignore_errors=True)
 
 
-def _write(parts: EnsembleParts, root: Path, report: Callable[[str], None]) -> None:
+def ensemble_config(parts: EnsembleParts, routing: RoutingOptions) -> dict[str, Any]:
+    """Fields of config.json (`cbtm._config.CbtmConfig`): what the experts have in common, and how they are mixed."""
+    expert = json.loads(parts.experts[parts.present[0].id].config_path().read_text("utf-8"))
+    return {
+        **{key: expert[key] for key in _SHARED_CONFIG if key in expert},
+        "num_experts": len(parts.present),
+        "num_experts_per_tok": routing.top_k or len(parts.present),
+        "routing_temperature": routing.temperature,
+        "routing_distance": str(routing.distance),
+        "routing_policy": str(routing.policy),
+        "routing_weights": None if routing.weights is None else list(routing.weights),
+    }
+
+
+def _write(
+    parts: EnsembleParts,
+    routing: RoutingOptions,
+    root: Path,
+    report: Callable[[str], None],
+    extra: Mapping[str, str],
+) -> None:
     root.mkdir()
     for file in tokenizer_files(parts.tokenizer_dir):
         shutil.copyfile(file, root / file.name)
     parts.router.save(root / "router")
     entries = []
-    first: Path | None = None
     for cluster in parts.clusters:
         source = parts.experts.get(cluster.id)
         relative = f"experts/{cluster.index:04d}" if source is not None else None
         if source is not None and relative is not None:
             report(source.name)
-            first = _copy(source.directory(), root / relative)
+            _copy(source.directory(), root / relative)
         entries.append(
             {"id": cluster.id, "index": cluster.index, "expert": relative, "top_terms": list(cluster.top_terms)}
         )
     if parts.seed is not None:
         report(parts.seed.name)
         _copy(parts.seed.directory(), root / "seed")
-    assert first is not None, "an ensemble has an expert"
-    expert_config = json.loads((first / "config.json").read_text("utf-8"))
     config = {
         "model_type": MODEL_TYPE,
         "architectures": ["CbtmForCausalLM"],
-        **{key: expert_config[key] for key in _SHARED_CONFIG if key in expert_config},
+        "auto_map": AUTO_MAP,
+        **ensemble_config(parts, routing),
     }
+    (root / _MODULE).write_text(_MODULE_TEXT, "utf-8")
     (root / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
+    for name, text in extra.items():
+        safe_join(root, name).write_text(text, "utf-8")
     manifest = {
         "format": FORMAT,
         "run": {"id": parts.run_id, "name": parts.run_name},
@@ -162,7 +193,10 @@ def _write(parts: EnsembleParts, root: Path, report: Callable[[str], None]) -> N
 
 # What the ensemble has in common with each of its experts, and generation tools ask a config for.
 _SHARED_CONFIG = ("vocab_size", "max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
-_NOT_TOKENIZER = frozenset({MANIFEST, "config.json", "generation_config.json"})
+_MODULE = "modeling_cbtm.py"
+_MODULE_TEXT = "from cbtm import CbtmConfig, CbtmForCausalLM  # noqa: F401\n"
+AUTO_MAP = {"AutoConfig": "modeling_cbtm.CbtmConfig", "AutoModelForCausalLM": "modeling_cbtm.CbtmForCausalLM"}
+_NOT_TOKENIZER = frozenset({MANIFEST, _MODULE, "config.json", "generation_config.json"})
 
 
 def tokenizer_files(directory: Path) -> list[Path]:

@@ -16,19 +16,38 @@ class LogMixture:
     """log Σ_j w_j · p_j, built up expert by expert: [N, V], float32."""
 
     def __init__(self, rows: int, vocabulary: int, device: torch.device) -> None:
+        self._rows = rows
+        self._vocabulary = vocabulary
+        self._device = device
+        self._sum_NV: torch.Tensor | None = None
+
+    def add(self, rows_R: torch.Tensor | None, log_probs_RV: torch.Tensor, weights_R: torch.Tensor) -> None:
+        """Adds one expert on `rows_R`, or on all where None; its weights there are above 0. Takes over `log_probs_RV`.
+
+        Weights are taken to log space in their own precision: float64 keeps those too small for float32.
+        """
         import torch
 
-        self._sum_NV = torch.full((rows, vocabulary), -torch.inf, device=device, dtype=torch.float32)
-
-    def add(self, rows_R: torch.Tensor, log_probs_RV: torch.Tensor, weights_R: torch.Tensor) -> None:
-        """Adds one expert on `rows_R`; its weights there are above 0."""
-        import torch
-
-        share_RV = log_probs_RV.float() + weights_R.to(log_probs_RV.device).float().log().unsqueeze(-1)
-        self._sum_NV[rows_R] = torch.logaddexp(self._sum_NV[rows_R], share_RV.to(self._sum_NV.device))
+        log_weights_R1 = weights_R.log().to(log_probs_RV.device, torch.float32).unsqueeze(-1)
+        share_RV = (log_probs_RV.float() + log_weights_R1).to(self._device)
+        if rows_R is None and self._sum_NV is None:
+            self._sum_NV = share_RV
+            return
+        if self._sum_NV is None:
+            self._sum_NV = torch.full(
+                (self._rows, self._vocabulary), -torch.inf, device=self._device, dtype=torch.float32
+            )
+        if rows_R is None:
+            torch.logaddexp(self._sum_NV, share_RV, out=self._sum_NV)
+        else:
+            self._sum_NV[rows_R] = torch.logaddexp(self._sum_NV[rows_R], share_RV)
 
     def result(self) -> torch.Tensor:
         """Rows to which no expert was added are -inf."""
+        import torch
+
+        if self._sum_NV is None:
+            return torch.full((self._rows, self._vocabulary), -torch.inf, device=self._device, dtype=torch.float32)
         return self._sum_NV
 
 

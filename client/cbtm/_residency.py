@@ -109,6 +109,29 @@ class ExpertPool:
             self.loads += 1
             return model
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """That experts are used in."""
+        import torch
+
+        if self._dtype is not None:
+            return self._dtype
+        stored = getattr(self.config, "dtype", None)
+        return stored if isinstance(stored, torch.dtype) else torch.float32
+
+    def parameters(self) -> int:
+        """Of all experts, from the headers of their files (which are fetched if need be)."""
+        return sum(_count(source, source.directory())[0] for source in self.sources)
+
+    def move(self, device: torch.device, dtype: torch.dtype) -> None:
+        """All experts, those to be loaded included, to another device and dtype."""
+        with self._lock:
+            if dtype != self.dtype:
+                self._dtype = dtype
+            self.device = device
+            for model in self._resident.values():
+                model.to(device, self._dtype)  # type: ignore[arg-type]
+
     def clear(self) -> None:
         """Drops all from memory."""
         with self._lock:
@@ -120,7 +143,7 @@ class ExpertPool:
             self._resident.popitem(last=False)
         if limits.max_bytes is None:
             return
-        need = _weight_bytes(source, directory, self._dtype)
+        need = _count(source, directory, self._dtype)[1]
         if need > limits.max_bytes:
             raise ResourceExhausted(
                 f"max_bytes: {source.name} takes {need:,} bytes, over the budget of {limits.max_bytes:,}; "
@@ -235,21 +258,22 @@ def _read_json(source: ExpertSource) -> dict[str, Any]:
     return config
 
 
-def _weight_bytes(source: ExpertSource, directory: Path, dtype: torch.dtype | None) -> int:
-    """Bytes of the weights once loaded, from the files' headers."""
+def _count(source: ExpertSource, directory: Path, dtype: torch.dtype | None = None) -> tuple[int, int]:
+    """(numbers, bytes once loaded) of the weights, from the files' headers."""
     from safetensors import SafetensorError, safe_open
 
-    total = 0
+    numbers = total = 0
     for path in directory.glob("*.safetensors"):
         try:
             with safe_open(str(path), framework="pt") as file:
                 for key in file.keys():  # noqa: SIM118  (not a mapping)
                     part = file.get_slice(key)
                     item = dtype.itemsize if dtype is not None else _ITEM_BYTES.get(part.get_dtype(), 4)
+                    numbers += math.prod(part.get_shape())
                     total += math.prod(part.get_shape()) * item
         except (SafetensorError, OSError) as error:
             raise IntegrityError(f"{source.name}: {path} cannot be read: {error}") from error
-    return total
+    return numbers, total
 
 
 _ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1}

@@ -56,6 +56,7 @@ def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]
         return
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(title=title, title_justify="left", header_style="bold")
     for position, column in enumerate(columns):
@@ -63,7 +64,8 @@ def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]
         # An id that is cut in two cannot be copied.
         table.add_column(column, justify="right" if numeric else "left", overflow="fold", no_wrap=column == "ID")
     for row in rows:
-        table.add_row(*(show_value(value) for value in row))
+        # As text: names and reasons come from others, and a bracket in them is not ours to interpret.
+        table.add_row(*(Text(show_value(value)) for value in row))
     # Into a pipe or a file: as wide as it takes.
     Console(width=None if sys.stdout.isatty() else 200).print(table)
 

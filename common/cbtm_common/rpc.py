@@ -84,8 +84,13 @@ def error_of(error: grpc.RpcError) -> CbtmError:
 def _unanswered(target: str, error: grpc.RpcError) -> CbtmError | None:
     """What to tell a person when gRPC itself, and no coordinator, said that `target` cannot be reached."""
     call: Any = error
-    if call.code() is not grpc.StatusCode.UNAVAILABLE or rpc_status.from_call(call) is not None:
+    if call.code() not in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):
         return None
+    if rpc_status.from_call(call) is not None:
+        return None
+    if call.code() is grpc.StatusCode.CANCELLED:
+        # We cancel no call. A server does that to those which reach it while it goes down.
+        return Unavailable(f"coordinator: {target} is going down or restarts", metadata={"target": target})
     # gRPC nests what each address said, the cause last: "...; last error: UNKNOWN: ipv4:...: Connection refused".
     cause = (call.details() or "no answer").rpartition(": ")[2].strip("[] ")
     return Unavailable(
@@ -176,6 +181,8 @@ class _Interceptor(grpc.UnaryUnaryClientInterceptor):  # type: ignore[type-arg] 
                 if self._closed.is_set():
                     raise Cancelled("the connection to the coordinator is closed") from error
                 raise error
+            if self._closed.is_set() and error.code() is grpc.StatusCode.CANCELLED:
+                raise Cancelled("the connection to the coordinator is closed") from error
             typed = _unanswered(self._target, error) or error_of(error)
             if not isinstance(typed, RETRYABLE) or attempt + 1 >= self._policy.attempts:
                 raise typed from error

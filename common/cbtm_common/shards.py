@@ -61,17 +61,27 @@ def write_shard(
     vocab_size: int,
     eos_token_id: int,
 ) -> None:
-    """Writes one shard. `tokens` [N] ends with EOS; `document_offsets` [D] ascends from 0."""
-    from safetensors.numpy import save_file
+    """Writes one shard. `tokens` [N] ends with EOS; `document_offsets` [D] ascends from 0.
 
-    save_file(
-        {
-            "tokens": np.ascontiguousarray(tokens, dtype=token_dtype(vocab_size)),
-            "document_offsets": np.ascontiguousarray(document_offsets, dtype=np.int64),
-        },
-        str(path),
-        metadata={"format": FORMAT, "eos_token_id": str(eos_token_id), "vocab_size": str(vocab_size)},
-    )
+    Equal arguments give equal bytes, as shards are named by their digest; safetensors' own writer orders metadata by
+    chance.
+    """
+    offsets = np.ascontiguousarray(document_offsets, dtype=_DTYPES["I64"])
+    kind = "U16" if token_dtype(vocab_size).itemsize == 2 else "U32"
+    packed = np.ascontiguousarray(tokens, dtype=_DTYPES[kind])
+    end = offsets.nbytes + packed.nbytes
+    header = {
+        "__metadata__": {"format": FORMAT, "eos_token_id": str(eos_token_id), "vocab_size": str(vocab_size)},
+        "document_offsets": {"dtype": "I64", "shape": [len(offsets)], "data_offsets": [0, offsets.nbytes]},
+        "tokens": {"dtype": kind, "shape": [len(packed)], "data_offsets": [offsets.nbytes, end]},
+    }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    # Tensors begin at a multiple of 8 bytes.
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.write(offsets.data)
+        file.write(packed.data)
 
 
 def read_shard(path: Path) -> TokenShard:

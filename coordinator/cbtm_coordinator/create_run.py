@@ -1,48 +1,58 @@
 """Makes a run from a corpus: clusters, shards and uploads it, then opens it. Runs where the corpus is.
 
 A client of AdminService: nothing but the run's files goes to the coordinator's object store, by signed URLs. All that
-can be known to be wrong is refused before the run is made; if it fails later, the draft is deleted again.
+can be seen to be wrong without reading the whole corpus is refused before the run is made; if it fails later, or is
+interrupted, the draft is deleted again. Memory stays bounded whatever the corpus: the sample, one batch of documents,
+and the seed model while it loads.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import tempfile
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
 
 from cbtm_api.v1 import admin_service_pb2 as ad
 from cbtm_api.v1 import resources_pb2 as pb
 from cbtm_common.cli import human_bytes
-from cbtm_common.errors import CbtmError, InvalidArgument
+from cbtm_common.errors import AlreadyExists, CbtmError, InvalidArgument, NotFound
 from cbtm_common.files import FileSpec, describe, hash_file
 from cbtm_common.ids import cluster_id, new_request_id
 from cbtm_common.recipe import Recipe
 from cbtm_common.rpc import Connection
-from cbtm_common.transfer import Transfer, UrlExpired
 from cbtm_coordinator.clustering import seed_model, tokenizer
 from cbtm_coordinator.clustering.corpus import Corpus, ReadReport, open_corpus
 from cbtm_coordinator.clustering.fit import FitResult, fit
+from cbtm_coordinator.clustering.report import write_report
 from cbtm_coordinator.clustering.sample import reservoir
 from cbtm_coordinator.clustering.sharding import TRAIN, ClusterStats, ShardFile, shard_corpus
+from cbtm_coordinator.upload_run import Files, register_clusters, upload_files
 
-_UPLOAD_THREADS = 4
-_UPLOAD_BATCH = 32
-_CLUSTER_BATCH = 16
 # Tokenizer training reads at most this much of the sample: BPE merges settle long before.
 _TOKENIZER_CHARACTERS = 100_000_000
+_FOLDERS = (
+    (ad.RUN_FILE_KIND_CLUSTERING, "clustering"),
+    (ad.RUN_FILE_KIND_TOKENIZER, "tokenizer"),
+    (ad.RUN_FILE_KIND_BASE_MODEL, "base"),
+    (ad.RUN_FILE_KIND_REPORT, "report"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class CreateRunOptions:
-    """What `cbtm-coord run create` was told. Exactly one of `seed_model` and `from_scratch` is set."""
+    """What `cbtm-coord run create` was told. Exactly one of `seed_model` and `from_scratch` is set.
+
+    `work_dir` is where the temporary folder is made, which takes up to about twice the corpus as token ids.
+    """
 
     name: str
     corpus: tuple[str, ...]
@@ -59,29 +69,27 @@ class CreateRunOptions:
 
 
 def create_run(connection: Connection, options: CreateRunOptions, console: Console) -> dict[str, Any]:
-    """Names and ids of the run made, and of its baseline. Raises CbtmError; then no run is left behind."""
-    if options.clusters < 1:
-        raise InvalidArgument(f"clusters: {options.clusters} is not at least 1", field="clusters")
+    """Names and ids of the run made, and of its baseline. Raises CbtmError, and leaves no unfinished run behind."""
+    _check_options(options)
+    _check_name_free(connection, options.name)
     corpus = open_corpus(options.corpus, text_field=options.text_field, id_field=options.id_field)
-    if options.from_scratch is not None:
-        seed_model.read_config(options.from_scratch)
-    request = ad.CreateRunRequest(
-        request_id=new_request_id(),
-        name=options.name,
-        cluster_count=options.clusters,
-        recipe_json=options.recipe.to_json(),
-        from_scratch=options.from_scratch is not None,
-    )
     with _work_dir(options.work_dir) as work, _bars(console) as bars:
         bars.console.print(f"{len(corpus.files)} file(s), {human_bytes(corpus.total_bytes)}")
         maker = _Maker(connection, options, corpus, work, bars)
-        texts = maker.sample()
+        maker.load_models()
+        request = ad.CreateRunRequest(
+            request_id=new_request_id(),
+            name=options.name,
+            cluster_count=options.clusters,
+            recipe_json=options.recipe.to_json(),
+            from_scratch=options.from_scratch is not None,
+        )
         run = connection.admin.CreateRun(request).run
         try:
-            maker.build(run, texts)
+            maker.read_sample()
+            maker.build(run)
         except BaseException:
-            with contextlib.suppress(CbtmError):
-                connection.admin.DeleteRun(ad.DeleteRunRequest(request_id=new_request_id(), run=run.id))
+            _discard(connection, run, bars.console)
             raise
     made: dict[str, Any] = {"run": run.name, "id": run.id}
     if options.baseline:
@@ -91,6 +99,32 @@ def create_run(connection: Connection, options: CreateRunOptions, console: Conso
         f"[bold]{run.name}[/] is open to workers; watch it with [bold]cbtm-coord status {run.name} --watch[/]"
     )
     return made
+
+
+def _check_options(options: CreateRunOptions) -> None:
+    if options.clusters < 1:
+        raise InvalidArgument(f"clusters: {options.clusters} is not at least 1", field="clusters")
+    if options.sample_documents < options.clusters:
+        raise InvalidArgument(
+            f"sample: {options.sample_documents} document(s) are fewer than {options.clusters} clusters", field="sample"
+        )
+
+
+def _check_name_free(connection: Connection, name: str) -> None:
+    """Asked before a large model is loaded; that the caller is an administrator comes out here too."""
+    with contextlib.suppress(NotFound):
+        connection.admin.GetRunStatus(ad.GetRunStatusRequest(run=name))
+        raise AlreadyExists(f"name: there is a run {name!r} already; choose another, or delete it first")
+
+
+def _discard(connection: Connection, run: pb.Run, console: Console) -> None:
+    try:
+        connection.admin.DeleteRun(ad.DeleteRunRequest(request_id=new_request_id(), run=run.id))
+    except CbtmError as error:
+        console.print(
+            f"[yellow]the unfinished run is still there[/] ({escape(error.message)}): "
+            f"delete it with [bold]cbtm-coord run delete {run.name}[/]"
+        )
 
 
 class _Maker:
@@ -105,80 +139,103 @@ class _Maker:
         self._corpus = corpus
         self._work = work
         self._bars = bars
+        self._read = ReadReport()
+        self._sample: list[str] = []
+        self._base: seed_model.BaseModel | None = None
+        self._tokens: Any = None
 
-    def sample(self) -> list[str]:
+    def load_models(self) -> None:
+        """All of the seed model and the tokenizer that does not need the corpus. Raises InvalidArgument."""
+        bar = self._bars.add_task("seed model and tokenizer", total=1)
+        options = self._options
+        source = options.tokenizer
+        if options.from_scratch is not None:
+            planned = seed_model.check_config(options.from_scratch)
+            seed_model.check_fit(planned, sequence_length=self._recipe.sequence_length, tokenizer_size=0)
+        else:
+            location = str(options.seed_model)
+            if location.startswith("s3://"):
+                location = str(seed_model.fetch_prefix(location, self._work / "download"))
+            self._base = seed_model.load_pretrained(location, self._work / "base")
+            source = source or location
+        if source is not None:
+            self._tokens = tokenizer.load_tokenizer(source, self._work / "tokenizer")
+        if self._base is not None:
+            seed_model.check_fit(
+                self._base, sequence_length=self._recipe.sequence_length, tokenizer_size=len(self._tokens)
+            )
+        self._bars.advance(bar)
+
+    def read_sample(self) -> None:
         """The first pass: counts documents, draws the sample. Raises InvalidArgument for too few."""
-        report = ReadReport()
-        bar = self._bars.add_task("reading", total=len(self._corpus.files))
-        documents = self._corpus.documents(report, on_file=lambda _: self._bars.advance(bar))
-        texts = reservoir(documents, size=self._options.sample_documents, seed=self._recipe.seed)
-        if report.documents < self._options.clusters:
+        bar = self._bars.add_task("reading", total=self._corpus.total_bytes, unit="bytes")
+        documents = self._corpus.documents(self._read, on_bytes=lambda count: self._bars.advance(bar, count))
+        self._sample = reservoir(documents, size=self._options.sample_documents, seed=self._recipe.seed)
+        read, clusters = self._read, self._options.clusters
+        if read.documents < clusters:
             raise InvalidArgument(
-                f"clusters: {self._options.clusters} clusters cannot be made of {report.documents} document(s)",
-                field="clusters",
+                f"clusters: {clusters} clusters cannot be made of {read.documents} document(s)", field="clusters"
             )
-        if report.bad_lines:
-            first = report.samples[0]
+        if read.bad_lines:
+            first = escape(f"{read.samples[0].where}: {read.samples[0].why}")
             self._bars.console.print(
-                f"[yellow]{report.bad_lines:,} bad line(s) are left out[/], the first: {first.where}: {first.why}"
+                f"[yellow]{read.bad_lines:,} bad line(s) are left out[/], the first: {first}", highlight=False
             )
-        self._report = report
-        return texts
 
-    def build(self, run: pb.Run, texts: Sequence[str]) -> None:
-        base, tokens = self._models(texts)
-        fitted = self._fit(run.id, texts)
+    def build(self, run: pb.Run) -> None:
+        base, tokens = self._models()
+        fitted = self._fit(run.id)
+        self._sample = []
         shards, stats = self._shard(fitted, tokens)
         self._check_shards(shards, stats)
-        self._set_prior(fitted, stats)
         fitted.router.save(self._work / "clustering")
-        self._write_report(fitted, stats)
-        self._show(fitted, stats)
-        self._upload_folder(run.id, ad.RUN_FILE_KIND_CLUSTERING, "clustering")
-        self._upload_folder(run.id, ad.RUN_FILE_KIND_TOKENIZER, "tokenizer")
-        self._upload_folder(run.id, ad.RUN_FILE_KIND_BASE_MODEL, "base")
-        self._upload_folder(run.id, ad.RUN_FILE_KIND_REPORT, "report")
-        self._upload_shards(run.id, fitted, shards, stats)
+        write_report(
+            self._work / "report" / "report.json",
+            corpus=self._corpus,
+            read=self._read,
+            fitted=fitted,
+            shards=shards,
+            stats=stats,
+        )
+        self._bars.console.print(_cluster_table(fitted, stats))
+        for kind, name in _FOLDERS:
+            folder = self._work / name
+            self._upload(run.id, kind, {spec.path: (folder / spec.path, spec) for spec in describe(folder)}, name)
+        self._register(run.id, fitted, shards, stats)
         self._connection.admin.StartRun(
             ad.StartRunRequest(request_id=new_request_id(), run_id=run.id, model_parameters=base.parameters),
             timeout=600,
         )
 
-    def _models(self, texts: Sequence[str]) -> tuple[seed_model.BaseModel, Any]:
-        """The base model and the tokenizer, both saved in the work folder."""
-        bar = self._bars.add_task("seed model and tokenizer", total=1)
-        options, recipe = self._options, self._recipe
-        output = self._work / "tokenizer"
-        if options.from_scratch is not None:
-            fields = seed_model.read_config(options.from_scratch)
-            if options.tokenizer is not None:
-                tokens = tokenizer.load_tokenizer(options.tokenizer, output)
-            else:
-                size = int(fields.get("vocab_size", tokenizer.DEFAULT_VOCAB_SIZE))
-                tokens = tokenizer.train_tokenizer(
-                    _limited(texts), output, vocab_size=size, context=recipe.sequence_length
-                )
-            base = seed_model.from_scratch(
-                options.from_scratch,
-                self._work / "base",
-                seed=recipe.seed,
-                vocab_size=len(tokens),
-                eos_token_id=int(tokens.eos_token_id),
+    def _models(self) -> tuple[seed_model.BaseModel, Any]:
+        """The base model and the tokenizer, both saved in the work folder; made here when from scratch."""
+        if self._base is not None:
+            return self._base, self._tokens
+        config_path = self._options.from_scratch
+        assert config_path is not None
+        if self._tokens is None:
+            bar = self._bars.add_task("training the tokenizer", total=1)
+            fields = seed_model.read_config(config_path)
+            self._tokens = tokenizer.train_tokenizer(
+                _limited(self._sample),
+                self._work / "tokenizer",
+                vocab_size=int(fields.get("vocab_size", tokenizer.DEFAULT_VOCAB_SIZE)),
+                context=self._recipe.sequence_length,
             )
-        else:
-            source = str(options.seed_model)
-            if source.startswith("s3://"):
-                source = str(seed_model.fetch_prefix(source, self._work / "download"))
-            base = seed_model.load_pretrained(source, self._work / "base")
-            tokens = tokenizer.load_tokenizer(options.tokenizer or source, output)
-        seed_model.check_fit(base, sequence_length=recipe.sequence_length, tokenizer_size=len(tokens))
-        self._bars.advance(bar)
-        return base, tokens
+            self._bars.advance(bar)
+        self._base = seed_model.from_scratch(
+            config_path,
+            self._work / "base",
+            seed=self._recipe.seed,
+            vocab_size=len(self._tokens),
+            eos_token_id=int(self._tokens.eos_token_id),
+        )
+        return self._base, self._tokens
 
-    def _fit(self, run_id: str, texts: Sequence[str]) -> FitResult:
+    def _fit(self, run_id: str) -> FitResult:
         bar = self._bars.add_task("clustering", total=None)
         fitted = fit(
-            texts,
+            self._sample,
             [cluster_id(run_id, index) for index in range(self._options.clusters)],
             seed=self._recipe.seed,
             temperature=self._recipe.routing.temperature,
@@ -188,7 +245,7 @@ class _Maker:
         return fitted
 
     def _shard(self, fitted: FitResult, tokens: Any) -> tuple[list[ShardFile], list[ClusterStats]]:
-        bar = self._bars.add_task("assigning and tokenizing", total=self._report.documents)
+        bar = self._bars.add_task("assigning and tokenizing", total=self._read.documents)
         return shard_corpus(
             self._corpus.documents(ReadReport()),
             fitted.router,
@@ -209,53 +266,12 @@ class _Maker:
                     field="clusters",
                 )
 
-    def _set_prior(self, fitted: FitResult, stats: Sequence[ClusterStats]) -> None:
-        """The prior is each cluster's share of the tokens, known only now."""
-        import numpy as np
+    def _upload(self, run_id: str, kind: ad.RunFileKind.ValueType, files: Files, name: str) -> None:
+        size = sum(spec.size for _, spec in files.values())
+        bar = self._bars.add_task(f"uploading {name}", total=size, unit="bytes")
+        upload_files(self._connection, run_id, kind, files, on_bytes=lambda count: self._bars.advance(bar, count))
 
-        tokens = np.array([s.tokens for s in stats], dtype=np.float64)
-        fitted.router.prior = (tokens / tokens.sum()).astype(np.float32)
-
-    def _write_report(self, fitted: FitResult, stats: Sequence[ClusterStats]) -> None:
-        folder = self._work / "report"
-        folder.mkdir(exist_ok=True)
-        sizes = [s.documents for s in stats]
-        report = {
-            "files": len(self._corpus.files),
-            "documents": self._report.documents,
-            "characters": self._report.characters,
-            "bad_lines": self._report.bad_lines,
-            "bad_line_samples": [{"where": b.where, "why": b.why} for b in self._report.samples],
-            "explained_variance": fitted.explained_variance,
-            "inertia": fitted.inertia,
-            "largest_to_smallest": max(sizes) / max(1, min(sizes)),
-            "clusters": [
-                {"index": i, "documents": s.documents, "tokens": s.tokens, "top_terms": list(fitted.top_terms[i])}
-                for i, s in enumerate(stats)
-            ],
-        }
-        (folder / "report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False), "utf-8")
-
-    def _show(self, fitted: FitResult, stats: Sequence[ClusterStats]) -> None:
-        from rich.table import Table
-
-        table = Table(header_style="bold")
-        for name in ("Cluster", "Documents", "Tokens", "Share"):
-            table.add_column(name, justify="right")
-        table.add_column("Top terms")
-        total = sum(s.tokens for s in stats)
-        for index, s in enumerate(stats):
-            row = (str(index), f"{s.documents:,}", f"{s.tokens:,}", f"{100 * s.tokens / total:.1f} %")
-            table.add_row(*row, ", ".join(fitted.top_terms[index][:8]))
-        self._bars.console.print(table)
-
-    # Uploads
-
-    def _upload_folder(self, run_id: str, kind: ad.RunFileKind.ValueType, name: str) -> None:
-        folder = self._work / name
-        self._upload(run_id, kind, {spec.path: (folder / spec.path, spec) for spec in describe(folder)}, name)
-
-    def _upload_shards(
+    def _register(
         self, run_id: str, fitted: FitResult, shards: Sequence[ShardFile], stats: Sequence[ClusterStats]
     ) -> None:
         specs: dict[Path, FileSpec] = {}
@@ -264,54 +280,27 @@ class _Maker:
             specs[shard.path] = FileSpec(path=f"{digest}.safetensors", size=size, sha256=digest)
         files = {spec.path: (path, spec) for path, spec in specs.items()}
         self._upload(run_id, ad.RUN_FILE_KIND_SHARD, files, "shards")
-        new = [
+        of_cluster: dict[int, list[ad.NewShard]] = {}
+        for shard in shards:
+            new = ad.NewShard(
+                split=pb.Split.Value(f"SPLIT_{shard.split}"),
+                ordinal=shard.ordinal,
+                file=specs[shard.path].to_proto(),
+                tokens=shard.tokens,
+                documents=shard.documents,
+            )
+            of_cluster.setdefault(shard.cluster_index, []).append(new)
+        clusters = [
             ad.NewCluster(
                 index=index,
                 documents=s.documents,
                 top_terms=fitted.top_terms[index],
                 example_documents=s.examples,
-                shards=[
-                    ad.NewShard(
-                        split=pb.Split.Value(f"SPLIT_{shard.split}"),
-                        ordinal=shard.ordinal,
-                        file=specs[shard.path].to_proto(),
-                        tokens=shard.tokens,
-                        documents=shard.documents,
-                    )
-                    for shard in shards
-                    if shard.cluster_index == index
-                ],
+                shards=of_cluster[index],
             )
             for index, s in enumerate(stats)
         ]
-        for start in range(0, len(new), _CLUSTER_BATCH):
-            request = ad.RegisterClustersRequest(
-                request_id=new_request_id(), run_id=run_id, clusters=new[start : start + _CLUSTER_BATCH]
-            )
-            self._connection.admin.RegisterClusters(request, timeout=600)
-
-    def _upload(
-        self, run_id: str, kind: ad.RunFileKind.ValueType, files: dict[str, tuple[Path, FileSpec]], name: str
-    ) -> None:
-        """Sends files in batches; a batch whose URLs expire under way is signed again and goes on."""
-        bar = self._bars.add_task(f"uploading {name}", total=sum(spec.size for _, spec in files.values()))
-        paths = list(files)
-        with Transfer(base_url=self._connection.http_base) as transfer, ThreadPoolExecutor(_UPLOAD_THREADS) as pool:
-            for start in range(0, len(paths), _UPLOAD_BATCH):
-                left = {path: files[path] for path in paths[start : start + _UPLOAD_BATCH]}
-                while left:
-                    request = ad.PrepareRunUploadRequest(
-                        request_id=new_request_id(),
-                        run_id=run_id,
-                        kind=kind,
-                        files=[spec.to_proto() for _, spec in left.values()],
-                    )
-                    uploads = self._connection.admin.PrepareRunUpload(request).uploads
-                    jobs = {u.file.path: pool.submit(transfer.upload, u, left[u.file.path][0]) for u in uploads}
-                    for path, job in jobs.items():
-                        with contextlib.suppress(UrlExpired):
-                            job.result()
-                            self._bars.advance(bar, left.pop(path)[1].size)
+        register_clusters(self._connection, run_id, clusters)
 
 
 def _limited(texts: Sequence[str]) -> Iterator[str]:
@@ -323,14 +312,35 @@ def _limited(texts: Sequence[str]) -> Iterator[str]:
         yield text
 
 
+def _cluster_table(fitted: FitResult, stats: Sequence[ClusterStats]) -> Table:
+    table = Table(header_style="bold")
+    for name in ("Cluster", "Documents", "Tokens", "Share"):
+        table.add_column(name, justify="right")
+    table.add_column("Top terms")
+    total = sum(s.tokens for s in stats)
+    for index, s in enumerate(stats):
+        row = (str(index), f"{s.documents:,}", f"{s.tokens:,}", f"{100 * s.tokens / total:.1f} %")
+        table.add_row(*row, escape(", ".join(fitted.top_terms[index][:8])))
+    return table
+
+
 @contextlib.contextmanager
-def _work_dir(given: Path | None) -> Iterator[Path]:
-    if given is not None:
-        given.mkdir(parents=True, exist_ok=True)
-        yield given
-        return
-    with tempfile.TemporaryDirectory(prefix="cbtm-run-") as made:
+def _work_dir(parent: Path | None) -> Iterator[Path]:
+    if parent is not None:
+        parent.mkdir(parents=True, exist_ok=True)
+    # Always a fresh one: what an earlier run left behind must not be taken for this one's.
+    with tempfile.TemporaryDirectory(prefix="cbtm-run-", dir=parent) as made:
         yield Path(made)
+
+
+class _Amount(ProgressColumn):
+    """Done of total: bytes as a person reads them, where the task has that unit."""
+
+    def render(self, task: Task) -> Text:
+        if task.total is None:
+            return Text("")
+        show = human_bytes if task.fields.get("unit") == "bytes" else "{:,.0f}".format
+        return Text(f"{show(task.completed)} of {show(task.total)}")
 
 
 def _bars(console: Console) -> Progress:
@@ -338,7 +348,7 @@ def _bars(console: Console) -> Progress:
         SpinnerColumn(),
         TextColumn("{task.description}"),
         BarColumn(),
-        MofNCompleteColumn(),
+        _Amount(),
         TimeRemainingColumn(),
         console=console,
     )

@@ -7,11 +7,13 @@ import json
 import platform
 import shlex
 import shutil
+import signal
 import sys
 import threading
 import time
 from importlib.metadata import version
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from rich.console import Console, Group
@@ -50,6 +52,7 @@ def main() -> int:
     parser.add_argument("--model", type=Path, default=HERE / "model.json")
     options = parser.parse_args()
     console = Console()
+    signal.signal(signal.SIGTERM, _interrupt)
     try:
         run_demo(options.out, options.corpus, options.recipe, options.model, console)
     except KeyboardInterrupt:
@@ -61,19 +64,22 @@ def main() -> int:
     return 0
 
 
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """SIGTERM is as Ctrl-C."""
+    raise KeyboardInterrupt
+
+
 def run_demo(out: Path, corpus: str, recipe: Path, model: Path, console: Console) -> dict[str, Any]:
     """The whole demo; the report that it wrote to `out/report.json`."""
     started = time.monotonic()
-    if out.exists():
-        shutil.rmtree(out)
-    out.mkdir(parents=True)
+    _make_anew(out)
     data = out / "coordinator"
     with Processes(out / "logs") as processes:
         console.rule("1. a coordinator")
         processes.run("init", ["cbtm-coord", "init", "--data-dir", str(data)])
         serve = ["cbtm-coord", "serve", "--data-dir", str(data), "--host", "127.0.0.1", "--port", "0"]
         processes.start("coordinator", [*serve, "--http-port", "0"])
-        join = _wait_for_join_line(processes)
+        join = processes.wait_for_line("coordinator", "cbtm-worker join")
         console.print(f"volunteers join with: [bold]{join}[/]", highlight=False)
 
         console.rule(f"2. a run: {CLUSTERS} clusters, a seed from scratch, a dense baseline beside it")
@@ -103,15 +109,16 @@ def run_demo(out: Path, corpus: str, recipe: Path, model: Path, console: Console
     return report
 
 
-def _wait_for_join_line(processes: Processes) -> str:
-    """The very line that the coordinator prints for volunteers."""
-    wait = threading.Event()
-    while True:
-        processes.check()
-        for line in processes.log_path("coordinator").read_text("utf-8").splitlines():
-            if line.strip().startswith("cbtm-worker join"):
-                return line.strip()
-        wait.wait(0.2)
+def _make_anew(out: Path) -> None:
+    """An empty result folder. Raises ProcessFailed rather than delete what the demo did not make."""
+    if out.exists():
+        workers = {f"worker-{number}" for number in range(WORKERS)}
+        known = {"client", "coordinator", "ensemble", "logs", "report.json"} | workers
+        strange = sorted(path.name for path in out.iterdir() if path.name not in known)
+        if strange:
+            raise ProcessFailed(f"{out} is no result of the demo (it holds {strange[0]}); --out takes another folder")
+        shutil.rmtree(out)
+    out.mkdir(parents=True)
 
 
 def _watch(connection: Connection, processes: Processes, console: Console) -> None:
@@ -135,7 +142,8 @@ def _watch(connection: Connection, processes: Processes, console: Console) -> No
             if any(f["state"] == "FAILED" for f in facts):
                 raise ProcessFailed("; ".join(f"{f['run']}: {f['reason']}" for f in facts if f["reason"]))
             if not any(processes.is_running(f"worker-{n}") for n in range(WORKERS)):
-                raise ProcessFailed(f"the workers left before the end:\n{processes.tail('worker-0')}")
+                tails = "\n".join(f"worker-{n}:\n{processes.tail(f'worker-{n}')}" for n in range(WORKERS))
+                raise ProcessFailed(f"the workers left before the end\n{tails}")
             wait.wait(_POLL_SECONDS)
     for f in facts:
         console.print(render_run(f))

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-_STOP_SECONDS = 30
+_STOP_SECONDS = 30.0
+_START_SECONDS = 60.0
 _TAIL_LINES = 20
 
 
@@ -19,7 +21,10 @@ class ProcessFailed(Exception):
 
 
 class Processes:
-    """A context manager: what it started is stopped when it is left."""
+    """A context manager: what it started is stopped when it is left, the first one last, since it serves the others.
+
+    Ctrl-C while they are being stopped kills them.
+    """
 
     def __init__(self, log_dir: Path) -> None:
         self._log_dir = log_dir
@@ -30,31 +35,40 @@ class Processes:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        # Workers first, so that they can still hand in what they have.
-        for name in reversed(list(self._running)):
-            self.stop(name)
+        first, others = list(self._running)[:1], list(self._running)[1:]
+        try:
+            self.stop(*others)
+            self.stop(*first)
+        finally:
+            for process in self._running.values():
+                process.kill()
+                process.wait()
 
     def log_path(self, name: str) -> Path:
         return self._log_dir / f"{name}.log"
 
-    def start(self, name: str, command: Sequence[str], *, environment: dict[str, str] | None = None) -> None:
+    def start(self, name: str, command: Sequence[str]) -> None:
         """Starts `command` (a console script of this environment) with its output in `NAME.log`."""
         with self.log_path(name).open("wb") as log:
             self._running[name] = subprocess.Popen(
-                [str(Path(sys.executable).parent / command[0]), *command[1:]],
+                _with_full_path(command),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, **(environment or {})},
                 # Ctrl-C in the terminal reaches the demo alone, which then stops its children in order.
                 start_new_session=True,
             )
 
     def run(self, name: str, command: Sequence[str]) -> None:
         """Runs `command` to its end, its output on this terminal. Raises ProcessFailed."""
-        done = subprocess.run([str(Path(sys.executable).parent / command[0]), *command[1:]], check=False)
-        if done.returncode != 0:
-            raise ProcessFailed(f"{name} ended with exit code {done.returncode}")
+        process = subprocess.Popen(_with_full_path(command))
+        try:
+            code = process.wait()
+        except BaseException:
+            _stop([process])
+            raise
+        if code != 0:
+            raise ProcessFailed(f"{name} ended with exit code {code}; it says why above")
 
     def check(self) -> None:
         """Raises ProcessFailed when a process ended with an error."""
@@ -64,6 +78,18 @@ class Processes:
                     f"{name} ended with exit code {process.returncode}; the end of its log:\n{self.tail(name)}"
                 )
 
+    def wait_for_line(self, name: str, beginning: str) -> str:
+        """The first line of a log that begins so, once it is there. Raises ProcessFailed after a minute without it."""
+        pause = threading.Event()
+        deadline = time.monotonic() + _START_SECONDS
+        while time.monotonic() < deadline:
+            self.check()
+            for line in self.log_path(name).read_text("utf-8", errors="replace").splitlines():
+                if line.strip().startswith(beginning):
+                    return line.strip()
+            pause.wait(0.1)
+        raise ProcessFailed(f"{name} did not print {beginning!r}; the end of its log:\n{self.tail(name)}")
+
     def is_running(self, name: str) -> bool:
         return name in self._running and self._running[name].poll() is None
 
@@ -71,12 +97,25 @@ class Processes:
         lines = self.log_path(name).read_text("utf-8", errors="replace").splitlines()
         return "\n".join(lines[-_TAIL_LINES:])
 
-    def stop(self, name: str) -> None:
-        process = self._running.pop(name)
+    def stop(self, *names: str) -> None:
+        """Asks all of them to leave at once, and kills those that have not after half a minute."""
+        _stop([self._running[name] for name in names])
+        for name in names:
+            del self._running[name]
+
+
+def _with_full_path(command: Sequence[str]) -> list[str]:
+    return [str(Path(sys.executable).parent / command[0]), *command[1:]]
+
+
+def _stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    for process in processes:
         if process.poll() is None:
             process.terminate()
-            try:
-                process.wait(_STOP_SECONDS)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+    deadline = time.monotonic() + _STOP_SECONDS
+    for process in processes:
+        try:
+            process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()

@@ -103,6 +103,10 @@ class RunningCoordinator:
     def stop(self) -> int:
         """SIGTERM, then SIGKILL when it does not go; its exit code."""
         self.process.send_signal(signal.SIGTERM)
+        return self.wait()
+
+    def wait(self) -> int:
+        """Its exit code, once it has ended by itself; killed when it does not."""
         watchdog = threading.Timer(_END_SECONDS, self.process.kill)
         watchdog.start()
         code = self._reap()

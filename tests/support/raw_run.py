@@ -5,7 +5,6 @@ Its files are small but real: token shards, a clustering model that can be loade
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from safetensors.numpy import save_file
 from cbtm_api.v1 import admin_service_pb2 as ad
 from cbtm_api.v1 import resources_pb2 as pb
 from cbtm_api.v1 import worker_service_pb2 as ws
-from cbtm_common.files import describe
+from cbtm_common.files import describe, hash_file
 from cbtm_common.ids import cluster_id, new_request_id
 from cbtm_common.protos import JsonValue, struct
 from cbtm_common.recipe import LeaseRecipe, Recipe
@@ -43,9 +42,11 @@ def make_run(
     """A run in TRAINING with one training and one held-out shard for each cluster."""
     run = create_run(admin, name=name, clusters=clusters, recipe=recipe)
     work = folder / name
-    for kind, made in _run_files(run, work, clusters).items():
-        upload_run_files(admin, run, kind, made)
-    new = [_cluster(admin, run, index, work / "shards") for index in range(clusters)]
+    with Transfer(base_url=lambda: admin.http_base) as transfer:
+        for kind, made in _run_files(run, work, clusters).items():
+            _send(admin, transfer, run, kind, made)
+        new = _clusters(work / "shards", clusters)
+        _send(admin, transfer, run, ad.RUN_FILE_KIND_SHARD, work / "shards")
     register = ad.RegisterClustersRequest(request_id=new_request_id(), run_id=run.id, clusters=new)
     admin.admin.RegisterClusters(register)
     start = ad.StartRunRequest(request_id=new_request_id(), run_id=run.id, model_parameters=25)
@@ -60,13 +61,12 @@ def create_run(admin: Connection, *, name: str = "web", clusters: int = 2, recip
     return admin.admin.CreateRun(create).run
 
 
-def upload_run_files(admin: Connection, run: pb.Run, kind: ad.RunFileKind.ValueType, folder: Path) -> None:
+def _send(admin: Connection, transfer: Transfer, run: pb.Run, kind: ad.RunFileKind.ValueType, folder: Path) -> None:
     """All files in `folder`, as `kind`."""
     files = [spec.to_proto() for spec in describe(folder)]
     prepare = ad.PrepareRunUploadRequest(request_id=new_request_id(), run_id=run.id, kind=kind, files=files)
-    with Transfer(base_url=lambda: admin.http_base) as transfer:
-        for upload in admin.admin.PrepareRunUpload(prepare).uploads:
-            transfer.upload(upload, folder / upload.file.path)
+    for upload in admin.admin.PrepareRunUpload(prepare).uploads:
+        transfer.upload(upload, folder / upload.file.path)
 
 
 def _run_files(run: pb.Run, work: Path, clusters: int) -> dict[ad.RunFileKind.ValueType, Path]:
@@ -90,21 +90,25 @@ def _run_files(run: pb.Run, work: Path, clusters: int) -> dict[ad.RunFileKind.Va
     }
 
 
-def _cluster(admin: Connection, run: pb.Run, index: int, work: Path) -> ad.NewCluster:
-    shards = []
-    for split in (pb.SPLIT_TRAIN, pb.SPLIT_HELD_OUT):
-        folder = work / f"{index}-{pb.Split.Name(split)}"
-        folder.mkdir(parents=True)
-        # No two shards are alike, and every document ends with the end-of-sequence token.
-        tokens = np.array([1 + index, int(split), *range(10, 30), _EOS], dtype=np.uint16)
-        written = folder / "written"
-        write_shard(written, tokens, np.array([0], np.int64), vocab_size=_VOCABULARY, eos_token_id=_EOS)
-        digest = hashlib.sha256(written.read_bytes()).hexdigest()
-        written.rename(folder / f"{digest}.safetensors")
-        upload_run_files(admin, run, ad.RUN_FILE_KIND_SHARD, folder)
-        (spec,) = describe(folder)
-        shards.append(ad.NewShard(split=split, ordinal=0, file=spec.to_proto(), tokens=len(tokens), documents=1))
-    return ad.NewCluster(index=index, documents=2, top_terms=["a"], example_documents=["An example."], shards=shards)
+def _clusters(folder: Path, count: int) -> list[ad.NewCluster]:
+    """Writes the shards of `count` clusters, one of each split."""
+    folder.mkdir(parents=True)
+    clusters = []
+    for index in range(count):
+        shards = []
+        for split in (pb.SPLIT_TRAIN, pb.SPLIT_HELD_OUT):
+            # No two shards are alike, and every document ends with the end-of-sequence token.
+            tokens = np.array([1 + index, int(split), *range(10, 30), _EOS], dtype=np.uint16)
+            written = folder / "written"
+            write_shard(written, tokens, np.array([0], np.int64), vocab_size=_VOCABULARY, eos_token_id=_EOS)
+            size, digest = hash_file(written)
+            file = pb.FileSpec(path=f"{digest}.safetensors", size=size, sha256=digest)
+            written.rename(folder / file.path)
+            shards.append(ad.NewShard(split=split, ordinal=0, file=file, tokens=len(tokens), documents=1))
+        clusters.append(
+            ad.NewCluster(index=index, documents=2, top_terms=["a"], example_documents=["An example."], shards=shards)
+        )
+    return clusters
 
 
 def checkpoint_folder(folder: Path, *, salt: int = 0, final: bool = False) -> Path:
@@ -124,7 +128,7 @@ class RawWorker:
 
     def __init__(self, coordinator: RunningCoordinator, *, name: str = "gpu", token: str | None = None) -> None:
         self.connection = coordinator.connect(token or coordinator.token("join"))
-        hardware = pb.Hardware(device_type="cpu", threads=1)
+        hardware = pb.Hardware(device_type="cpu", cpu_count=1)
         register = ws.RegisterRequest(request_id=new_request_id(), name=name, hardware=hardware, version="0.1.0")
         registered = self.connection.worker.Register(register)
         self.id = registered.worker.id

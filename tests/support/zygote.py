@@ -88,6 +88,7 @@ class Zygote:
     def spawn(self, program: str, arguments: Sequence[str], log: Path, env: Mapping[str, str] | None = None) -> Child:
         """Starts `program` ("cbtm-worker" or "cbtm-coord") with its output in `log`."""
         log.parent.mkdir(parents=True, exist_ok=True)
+        log.touch()
         request = {"program": program, "arguments": list(arguments), "log": str(log), "env": dict(env or {})}
         return Child(self, int(self.ask(request)["pid"]), log)
 

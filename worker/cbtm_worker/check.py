@@ -15,7 +15,7 @@ from pathlib import Path
 
 from cbtm_api.v1 import worker_service_pb2 as ws
 from cbtm_common.cli import human_bytes
-from cbtm_common.errors import CbtmError
+from cbtm_common.errors import CbtmError, Unauthenticated
 from cbtm_common.protos import from_timestamp
 from cbtm_common.rpc import Connection, connect
 from cbtm_common.transfer import Transfer
@@ -74,19 +74,29 @@ def _token(config: WorkerConfig, connection: Connection, found: Callable[..., No
     slot = take_slot(config.cache_dir, config.coordinator)
     identity = slot.load()
     slot.release()
-    connection.credential = identity.credential if identity else config.token
-    started = time.monotonic()
-    try:
-        data = _probe_bytes()
-        answer = connection.worker.Probe(
-            ws.ProbeRequest(transfer_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
-        )
-    except CbtmError as error:
-        found("token", False, error.message, "ask the run's owner for a new token and pass it with --token")
-        return None
-    who = f"joined before as {identity.worker_id}" if identity else "the join token is good"
-    found("token", True, f"{who} (answer in {1000 * (time.monotonic() - started):.0f} ms)")
-    return answer
+    credentials: list[tuple[str, str | None]] = [("the join token is good", config.token)]
+    if identity is not None:
+        credentials.insert(0, (f"joined before as {identity.worker_id}", identity.credential))
+    request = ws.ProbeRequest(transfer_bytes=_PROBE_BYTES, sha256=hashlib.sha256(_probe_bytes()).hexdigest())
+    refused = "no token was given"
+    for who, credential in credentials:
+        if credential is None:
+            continue
+        connection.credential = credential
+        started = time.monotonic()
+        try:
+            answer = connection.worker.Probe(request)
+        except Unauthenticated as error:
+            # Of a registry that is gone, perhaps; `join` would then join anew with the token.
+            refused = error.message
+            continue
+        except CbtmError as error:
+            refused = error.message
+            break
+        found("token", True, f"{who} (answer in {1000 * (time.monotonic() - started):.0f} ms)")
+        return answer
+    found("token", False, refused, "ask the run's owner for a new token and pass it with --token")
+    return None
 
 
 def _coordinator(probe: ws.ProbeResponse, found: Callable[..., None]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -25,9 +26,16 @@ Token = Annotated[
     str | None, typer.Option(envvar="CBTM_TOKEN", help="Join token; needed the first time from this machine.")
 ]
 CacheDir = Annotated[
-    Path | None, typer.Option(envvar="CBTM_CACHE_DIR", help="Folder for data and checkpoints [default: user's cache].")
+    Path | None,
+    typer.Option(envvar="CBTM_CACHE_DIR", help="Folder for data and checkpoints.", show_default="the user's cache"),
 ]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda:0, … [default: a GPU if there is one].")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda:0, …", show_default="a GPU if there is one")]
+
+
+class LogLevel(StrEnum):
+    DEBUG = "debug"
+    INFO = "info"
+    WARNING = "warning"
 
 
 @app.command()
@@ -36,14 +44,18 @@ def join(
     token: Token = None,
     device: Device = None,
     cache_dir: CacheDir = None,
-    name: Annotated[str, typer.Option(help="Name shown to the owner [default: this host's].")] = "",
+    name: Annotated[str, typer.Option(help="Name shown to the owner.", show_default="this host's")] = "",
     run: Annotated[str, typer.Option(help="Only work on this run.")] = "",
     max_tasks: Annotated[int | None, typer.Option(help="Leave after so many finished tasks.", min=1)] = None,
     until_idle: Annotated[bool, typer.Option("--until-idle", help="Leave when no work is left.")] = False,
     micro_batch: Annotated[int | None, typer.Option(help="Sequences in one pass at most.", min=1)] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads of torch.", min=1)] = None,
     compile_model: Annotated[bool, typer.Option("--compile", help="torch.compile the model (CUDA).")] = False,
-    log_level: Annotated[str, typer.Option(help="debug, info, warning.")] = "warning",
+    max_cache_gib: Annotated[
+        float | None,
+        typer.Option("--max-cache-gib", help="Room for downloaded files.", min=0, show_default="the disk's"),
+    ] = None,
+    log_level: Annotated[LogLevel, typer.Option(help="What is told beside the above.")] = LogLevel.WARNING,
 ) -> None:
     """Join a run: take tasks, train them, hand them in.
 
@@ -56,9 +68,6 @@ def join(
     from cbtm_worker.loop import join as work
     from cbtm_worker.signals import StopSignal
 
-    logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    # At "info" it logs every URL, and a signed URL is a secret.
-    logging.getLogger("httpx").setLevel(logging.WARNING)
     config = _config(coordinator, token, device, cache_dir, name)
     config = replace(
         config,
@@ -68,8 +77,14 @@ def join(
         micro_batch=micro_batch,
         threads=threads,
         compile=compile_model,
+        max_cache_bytes=None if max_cache_gib is None else int(max_cache_gib * 2**30),
     )
     with Display() as display:
+        # Within, so that log lines go above the live one.
+        logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+        # They log every URL, and a signed URL is a secret.
+        for logger in ("httpx", "httpcore"):
+            logging.getLogger(logger).setLevel(logging.WARNING)
         stop = StopSignal(lambda: display.say("stopping after this step; press Ctrl-C again to leave at once"))
         stop.install()
         work(config, stop.requested, display)
@@ -106,9 +121,7 @@ def check(
     raise typer.Exit(0 if fit else 1)
 
 
-def _config(
-    coordinator: str, token: str | None, device: str | None, cache_dir: Path | None, name: str
-) -> WorkerConfig:
+def _config(coordinator: str, token: str | None, device: str | None, cache_dir: Path | None, name: str) -> WorkerConfig:
     import socket
 
     from cbtm_common.rpc import host_of

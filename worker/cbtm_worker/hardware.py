@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 from cbtm_api.v1 import resources_pb2 as pb
-from cbtm_common.errors import InvalidArgument
+from cbtm_common.errors import InvalidArgument, InvalidState
 
 
 def choose_device(asked: str | None) -> str:
@@ -25,6 +25,8 @@ def choose_device(asked: str | None) -> str:
         raise InvalidArgument(
             f"device: {asked!r} is not a device; use cpu, cuda:0, cuda:1, …", field="device"
         ) from error
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise InvalidArgument(f"device: cannot train on {asked!r}; use cpu, cuda:0, cuda:1, …", field="device")
     if device.type == "cuda":
         count = torch.cuda.device_count()
         if (device.index or 0) >= count:
@@ -36,8 +38,11 @@ def choose_device(asked: str | None) -> str:
 
 
 def describe(device: str, cache_dir: Path) -> pb.Hardware:
-    """`device` must exist."""
-    import psutil
+    """`device` must exist. Raises InvalidState when the worker's own packages are not installed."""
+    try:
+        import psutil
+    except ImportError as error:
+        raise InvalidState("a worker needs its packages: pip install 'cbtm[worker]'") from error
     import torch
 
     hardware = pb.Hardware(

@@ -38,9 +38,10 @@ class Slot:
         return self.directory / "tasks"
 
     def load(self) -> Identity | None:
+        """None also for a file that a power failure damaged: joining anew is what helps then."""
         try:
             return Identity(**json.loads((self.directory / "identity.json").read_text("utf-8")))
-        except FileNotFoundError:
+        except (FileNotFoundError, ValueError, TypeError):
             return None
 
     def save(self, identity: Identity) -> None:
@@ -49,6 +50,8 @@ class Slot:
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         with os.fdopen(descriptor, "w") as file:
             json.dump(asdict(identity), file)
+            file.flush()
+            os.fsync(descriptor)
         os.replace(temporary, self.directory / "identity.json")
 
     def forget(self) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 import threading
 from base64 import b64decode, b64encode
 from pathlib import Path
@@ -14,6 +13,7 @@ from cbtm_common.cache import ContentCache
 from cbtm_common.errors import (
     RETRYABLE,
     CbtmError,
+    InternalError,
     LeaseLost,
     NotFound,
     PermissionDenied,
@@ -21,6 +21,7 @@ from cbtm_common.errors import (
     Unauthenticated,
 )
 from cbtm_common.faults import point
+from cbtm_common.ids import new_request_id
 from cbtm_common.protos import from_duration
 from cbtm_common.rpc import Connection, connect
 from cbtm_common.transfer import Transfer
@@ -29,13 +30,16 @@ from cbtm_worker.display import Display
 from cbtm_worker.hardware import choose_device, describe
 from cbtm_worker.heartbeat import Heartbeat
 from cbtm_worker.identity import Slot, take_slot
+from cbtm_worker.inputs import Unfit
+from cbtm_worker.local import LocalCheckpoints
 from cbtm_worker.session import Held, Session
-from cbtm_worker.task import Outcome, TaskContext, TaskRunner
-from cbtm_worker.uploader import describe_error
+from cbtm_worker.task import Outcome, TaskContext, TaskRunner, describe_error, describe_task
 
 _log = logging.getLogger(__name__)
 _FULL_DISK_WAIT = 60.0
 _OUTAGE_WAIT = 5.0
+# What the coordinator says when it is away, fails by itself, or has too much to do.
+_PASSING: tuple[type[CbtmError], ...] = (*RETRYABLE, InternalError, ResourceExhausted)
 
 
 def join(config: WorkerConfig, stop: threading.Event, display: Display) -> int:
@@ -47,17 +51,21 @@ def join(config: WorkerConfig, stop: threading.Event, display: Display) -> int:
         torch.set_num_threads(config.threads)
     config.cache_dir.mkdir(parents=True, exist_ok=True)
     slot = take_slot(config.cache_dir, config.coordinator)
+    cache = ContentCache(config.cache_dir / "files", max_bytes=config.max_cache_bytes)
     try:
         with (
             connect(config.coordinator) as connection,
             Transfer(base_url=lambda: connection.http_base) as transfer,
         ):
-            return _Worker(config, stop, display, slot, connection, transfer, device).run()
+            return Worker(config, stop, display, slot, connection, transfer, cache, device).run()
     finally:
+        cache.close()
         slot.release()
 
 
-class _Worker:
+class Worker:
+    """One worker process's loop. Coordinator errors that may pass are waited out; those about this worker end it."""
+
     def __init__(
         self,
         config: WorkerConfig,
@@ -66,70 +74,90 @@ class _Worker:
         slot: Slot,
         connection: Connection,
         transfer: Transfer,
+        cache: ContentCache,
         device: str,
     ) -> None:
         self._config = config
         self._stop = stop
         self._display = display
         self._slot = slot
+        self._device = device
         self._session = Session(connection)
         self._context = TaskContext(
             session=self._session,
             config=config,
             device=device,
-            cache=ContentCache(config.cache_dir / "files", max_bytes=config.max_cache_bytes),
+            cache=cache,
             transfer=transfer,
             tasks_dir=slot.tasks,
             display=display,
             stop=stop,
         )
+        self._request_id = new_request_id()
+        self._said = ""
         self._finished = 0
 
     def run(self) -> int:
-        hardware = describe(self._context.device, self._config.cache_dir)
-        identity = self._session.sign_in(
-            self._slot, token=self._config.token, name=self._config.name, hardware=hardware
-        )
-        self._display.say(f"joined {self._config.coordinator} as {self._config.name} ({identity.worker_id})")
-        self._display.say(f"training on {self._context.device} ({hardware.device_name})")
-        said = ""
+        hardware = self._hardware()
+        self._sign_in(hardware)
+        self._display.say(f"training on {self._device} ({hardware.device_name})")
+        may_join_anew = self._config.token is not None
         while not self._stop.is_set() and self._finished != self._config.max_tasks:
             try:
-                answer = self._unfinished() or self._session.acquire(self._hardware(), self._config.run)
-            except RETRYABLE as error:
-                said = self._say_once(f"the coordinator cannot be reached: {error.message}; trying again", said)
+                answer, continued = self._next()
+            except _PASSING as error:
+                self._say_once(f"the coordinator cannot be asked for work: {error.message}; trying again")
                 self._stop.wait(_OUTAGE_WAIT)
                 continue
-            except (Unauthenticated, PermissionDenied) as error:
-                # With a new token this slot may join again.
-                if isinstance(error, Unauthenticated):
-                    self._slot.forget()
-                raise
+            except Unauthenticated:
+                # It does not know this worker any more: its registry is another one by now.
+                self._slot.forget()
+                if not may_join_anew:
+                    raise
+                may_join_anew = False
+                self._display.say("the coordinator does not know this worker; joining anew")
+                self._sign_in(hardware)
+                continue
             if answer.HasField("lease"):
-                said = ""
-                self._work(answer)
+                self._said = ""
+                self._work(answer, continued)
             elif answer.idle and self._config.until_idle:
                 self._display.say(f"leaving: {answer.reason}")
                 break
             else:
-                said = self._say_once(f"waiting for work: {answer.reason}", said)
+                self._say_once(f"waiting for work: {answer.reason}")
                 self._stop.wait(from_duration(answer.retry_after).total_seconds())
         self._display.say(f"left with {self._finished} task(s) finished; thank you")
         return self._finished
 
-    def _say_once(self, message: str, said: str) -> str:
-        if message != said:
+    def _sign_in(self, hardware: pb.Hardware) -> None:
+        identity = self._session.sign_in(
+            self._slot, token=self._config.token, name=self._config.name, hardware=hardware
+        )
+        self._display.say(f"joined {self._config.coordinator} as {self._config.name} ({identity.worker_id})")
+
+    def _say_once(self, message: str) -> None:
+        if message != self._said:
             self._display.say(message)
-        return message
+        self._said = message
 
     def _hardware(self) -> pb.Hardware:
-        return describe(self._context.device, self._config.cache_dir)
+        return describe(self._device, self._config.cache_dir)
 
     # The lease in hand, kept on disk so that a process that died goes on with it
 
     @property
     def _lease_path(self) -> Path:
         return self._slot.directory / "lease"
+
+    def _next(self) -> tuple[ws.AcquireLeaseResponse, bool]:
+        """(what to do now, whether it goes on with the lease of a former process)."""
+        unfinished = self._unfinished()
+        if unfinished is not None:
+            return unfinished, True
+        answer = self._session.acquire(self._hardware(), self._config.run, self._request_id)
+        self._request_id = new_request_id()
+        return answer, False
 
     def _unfinished(self) -> ws.AcquireLeaseResponse | None:
         """The lease that a former process of this slot held, if it still holds."""
@@ -154,57 +182,65 @@ class _Worker:
 
     # One task
 
-    def _work(self, answer: ws.AcquireLeaseResponse) -> None:
+    def _work(self, answer: ws.AcquireLeaseResponse, continued: bool) -> None:
         held = Held(lease_id=answer.lease.id, epoch=answer.lease.epoch)
         self._keep(answer)
         point("worker.acquire.after")
         task = answer.spec.task
-        what = "the seed" if task.kind == pb.TASK_KIND_SEED else f"cluster {task.cluster_index}"
+        what = f"{describe_task(task)} of {answer.spec.run.name}"
         begin = f"from step {task.committed_step:,}" if task.committed_step else "from the start"
-        self._display.say(f"took {what} of {answer.spec.run.name}, {begin}")
+        self._display.say(f"took {what}, {begin}")
         heartbeat = Heartbeat(self._session, held, answer.spec.policy, committed_step=task.committed_step)
         heartbeat.start()
-        folder = self._slot.tasks / task.id
         try:
-            outcome = TaskRunner(self._context, held, answer.spec, heartbeat).run()
-        except LeaseLost as error:
-            self._display.say(f"dropped {what}: {error.message}")
-            self._lease_path.unlink(missing_ok=True)
-            return
+            outcome = TaskRunner(self._context, held, answer.spec, heartbeat, continued=continued).run()
         except Exception as error:  # noqa: BLE001  # whatever happens to one task, the next may go well
-            self._give_up(held, what, error)
+            self._give_up(held, task, what, heartbeat.lost or error)
             return
         finally:
             heartbeat.close()
+        self._hand_back(held, task, what, outcome, heartbeat.stop_reason)
+
+    def _hand_back(self, held: Held, task: pb.Task, what: str, outcome: Outcome, stop_reason: str) -> None:
+        if outcome is Outcome.KEPT:
+            # The lease stays noted: the next process in this slot goes on with it, or with the task if it gets it.
+            self._display.say(f"the coordinator is away; what was done of {what} is kept here: join again to go on")
+            return
         point("worker.release.before")
         if outcome is Outcome.FINISHED:
             self._release(held, ws.RELEASE_REASON_FINISHED, "")
             self._finished += 1
-            shutil.rmtree(folder, ignore_errors=True)
-            self._display.say(f"finished {what} of {answer.spec.run.name}")
+            LocalCheckpoints(self._slot.tasks / task.id).clear()
+            self._display.say(f"finished {what}")
         else:
-            reason = heartbeat.stop_reason or "the volunteer stopped the worker"
-            self._release(held, ws.RELEASE_REASON_PREEMPTED, reason)
+            self._release(held, ws.RELEASE_REASON_PREEMPTED, stop_reason or "the volunteer stopped the worker")
             self._display.say(f"saved and gave back {what}; somebody else can go on with it")
         point("worker.release.after")
 
-    def _give_up(self, held: Held, what: str, error: Exception) -> None:
+    def _give_up(self, held: Held, task: pb.Task, what: str, error: Exception) -> None:
         """Gives a task back that cannot go on here, saying why."""
         from cbtm_worker.train import OutOfDeviceMemory
 
         reason = describe_error(error)
-        _log.debug("the task failed", exc_info=error)
+        _log.debug("the task ended early", exc_info=error)
+        if isinstance(error, LeaseLost | NotFound):
+            self._display.say(f"dropped {what}: {reason}")
+            self._lease_path.unlink(missing_ok=True)
+            return
         self._display.say(f"cannot go on with {what}: {reason}")
-        if isinstance(error, OutOfDeviceMemory):
+        if isinstance(error, PermissionDenied | Unauthenticated):
+            raise error
+        if isinstance(error, OutOfDeviceMemory | Unfit):
             self._release(held, ws.RELEASE_REASON_UNFIT, reason)
         elif isinstance(error, ResourceExhausted):
             self._release(held, ws.RELEASE_REASON_PREEMPTED, reason)
-            self._display.say(f"free some disk space under {self._config.cache_dir}; looking again in a minute")
+            if not self._stop.is_set():
+                self._display.say(f"free some room under {self._config.cache_dir}; looking again in a minute")
             self._stop.wait(_FULL_DISK_WAIT)
-        elif isinstance(error, PermissionDenied | Unauthenticated):
-            raise error
         else:
             self._release(held, ws.RELEASE_REASON_FAILED, reason)
+            # It may be what is on this disk: the next try starts from the coordinator's checkpoint.
+            LocalCheckpoints(self._slot.tasks / task.id).clear()
 
     def _release(self, held: Held, reason: ws.ReleaseReason.ValueType, detail: str) -> None:
         """Tells the coordinator; if it cannot be told, the lease ends by itself."""

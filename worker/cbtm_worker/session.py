@@ -8,7 +8,7 @@ from importlib.metadata import version
 
 from cbtm_api.v1 import resources_pb2 as pb
 from cbtm_api.v1 import worker_service_pb2 as ws
-from cbtm_common.errors import Unauthenticated
+from cbtm_common.errors import RETRYABLE, Unauthenticated, Unavailable
 from cbtm_common.faults import point
 from cbtm_common.files import FileSpec
 from cbtm_common.ids import new_request_id
@@ -35,7 +35,10 @@ class Session:
         self.connection = connection
 
     def sign_in(self, slot: Slot, *, token: str | None, name: str, hardware: pb.Hardware) -> Identity:
-        """The identity in `slot`, or a new one for the join token. Raises Unauthenticated when there is neither."""
+        """The identity in `slot`, or a new one for the join token.
+
+        Raises Unauthenticated when there is neither or the token is not good, Unavailable when nobody answers.
+        """
         identity = slot.load()
         if identity is None:
             if not token:
@@ -44,23 +47,33 @@ class Session:
             request = ws.RegisterRequest(
                 request_id=new_request_id(), name=name, hardware=hardware, version=version("cbtm")
             )
-            answer = self.connection.worker.Register(request)
+            try:
+                answer = self.connection.worker.Register(request)
+            except RETRYABLE as error:
+                target = self.connection.target
+                raise Unavailable(
+                    f"coordinator: nothing answers at {target}; is the address right? "
+                    f"`cbtm-worker check --coordinator {target}` tells more ({error.message})"
+                ) from error
             point("worker.register.after")
             identity = Identity(worker_id=answer.worker.id, credential=answer.credential)
             slot.save(identity)
         self.connection.credential = identity.credential
         return identity
 
-    def acquire(self, hardware: pb.Hardware, run: str) -> ws.AcquireLeaseResponse:
+    def acquire(self, hardware: pb.Hardware, run: str, request_id: str = "") -> ws.AcquireLeaseResponse:
+        """Who keeps `request_id` until an answer came leaves no lease behind whose answer was lost."""
         return self.connection.worker.AcquireLease(
-            ws.AcquireLeaseRequest(request_id=new_request_id(), hardware=hardware, run=run)
+            ws.AcquireLeaseRequest(request_id=request_id or new_request_id(), hardware=hardware, run=run)
         )
 
-    def renew(self, held: Held, progress: pb.Progress) -> ws.RenewLeaseResponse:
+    def renew(self, held: Held, progress: pb.Progress, *, timeout: float | None = None) -> ws.RenewLeaseResponse:
+        """`timeout` in seconds, for each attempt."""
         return self.connection.worker.RenewLease(
             ws.RenewLeaseRequest(
                 request_id=new_request_id(), lease_id=held.lease_id, epoch=held.epoch, progress=progress
-            )
+            ),
+            timeout=timeout,
         )
 
     def shards(self, held: Held) -> list[FileSpec]:

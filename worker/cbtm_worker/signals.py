@@ -1,4 +1,6 @@
-"""Ctrl-C and SIGTERM: the first asks the worker to leave with its work saved, the second makes it leave at once."""
+"""Ctrl-C, SIGTERM and a closed terminal: the first asks the worker to leave with its work saved, the second makes it
+leave at once.
+"""
 
 from __future__ import annotations
 
@@ -10,19 +12,30 @@ from types import FrameType
 
 
 class StopSignal:
-    """Set by the first signal. `install` may be called in the main thread only."""
+    """`requested` is set by the first signal; `on_first` is then called on a thread of its own.
 
-    def __init__(self, on_first: Callable[[], None]) -> None:
+    `install` may be called in the main thread only. `leave` ends the process with an exit code, at once.
+    """
+
+    def __init__(self, on_first: Callable[[], None], *, leave: Callable[[int], None] = os._exit) -> None:
         self.requested = threading.Event()
         self._on_first = on_first
+        self._leave = leave
 
     def install(self) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._handle)
+        """Takes over SIGINT, SIGTERM and SIGHUP; a SIGHUP that is ignored (nohup) stays so."""
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+            numbers.append(signal.SIGHUP)
+        for number in numbers:
+            signal.signal(number, self.handle)
 
-    def _handle(self, number: int, frame: FrameType | None) -> None:
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        """The handler: of the second signal the exit code is that of a process which the signal killed."""
         if self.requested.is_set():
             # Local state is valid at every instant: files appear by rename.
-            os._exit(128 + number)
+            self._leave(128 + number)
+            return
         self.requested.set()
-        self._on_first()
+        # Not here: the main thread may be in the midst of printing, and could not print again within it.
+        threading.Thread(target=self._on_first, name="stop-message", daemon=True).start()

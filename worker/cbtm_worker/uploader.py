@@ -1,213 +1,403 @@
-"""Writes and uploads checkpoints on a thread of its own, while training goes on.
+"""Writes and uploads checkpoints on two threads of its own, while training goes on.
 
-    TASKS/<task id>/s<step>/        a checkpoint, whole (it was renamed into place)
-    TASKS/<task id>/s<step>.done    it is committed: the coordinator has it
+One thread writes snapshots to this disk, where the folder is the queue (`cbtm_worker.local`); the other sends the
+newest and has it committed. A link that is slow or broken thus never keeps a checkpoint off the disk. The newest makes
+older ones needless: one that waits is dropped, and one that is under way is broken off when the task ends or leaves.
+Uploads go on by part after a broken link, an expired URL or a restart, for the coordinator signs only what is missing.
+The last committed checkpoint stays until a newer one is committed. A full disk is said and waited for.
 
-The folder is the queue: what is there without `.done` is still to be sent, also after a crash. The newest goes first
-and makes older ones needless. Uploads go on by part after a broken link, an expired URL or a restart, for the
-coordinator signs only what is missing. The last committed checkpoint is kept until a newer one is committed.
+Not guaranteed: that everything submitted is committed; `flush` tells.
 """
 
 from __future__ import annotations
 
 import logging
 import random
-import shutil
 import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cbtm_api.v1 import resources_pb2 as pb
-from cbtm_common.errors import RETRYABLE, Cancelled, CbtmError, IntegrityError
+from cbtm_common.errors import (
+    RETRYABLE,
+    AlreadyExists,
+    Cancelled,
+    CbtmError,
+    IntegrityError,
+    InternalError,
+    ResourceExhausted,
+)
 from cbtm_common.faults import point
-from cbtm_common.files import FileSpec, describe
+from cbtm_common.files import describe
 from cbtm_common.ids import new_request_id
 from cbtm_common.protos import JsonValue, from_duration
 from cbtm_common.rpc import RetryPolicy
-from cbtm_common.transfer import Transfer, UrlExpired
+from cbtm_common.transfer import Transfer
 from cbtm_worker.heartbeat import Heartbeat
+from cbtm_worker.local import LocalCheckpoint, LocalCheckpoints
 from cbtm_worker.session import Held, Session
+from cbtm_worker.waiting import AnyOf
 
 if TYPE_CHECKING:
     from cbtm_worker.train import Snapshot
 
 _log = logging.getLogger(__name__)
-# The coordinator found other bytes than were declared: sent again so often before the task is given up.
-_WRONG_BYTES_TRIES = 3
+# Tries in all when the coordinator found other bytes than were declared, or failed by itself.
+_TRIES = 3
+# A URL that expired, a store or coordinator that is away, a store that is full; or we gave up.
+_PASSING: tuple[type[CbtmError], ...] = (*RETRYABLE, Cancelled, ResourceExhausted)
 _BACKOFF = RetryPolicy(attempts=1, initial=1.0, maximum=30.0)
+_FULL_DISK_SECONDS = 15.0
+# While `flush` waits, it calls `tick` so often.
+_TICK_SECONDS = 0.25
 
 
 @dataclass(frozen=True, kw_only=True)
-class LocalCheckpoint:
+class Sending:
+    """What is on its way. Bytes that were sent again after a failure count again."""
+
     step: int
-    directory: Path
-    committed: bool
-
-
-def local_checkpoints(folder: Path) -> list[LocalCheckpoint]:
-    """Whole checkpoints of a task on this disk, the newest first."""
-    found = []
-    for path in folder.glob("s*"):
-        if path.is_dir() and path.name[1:].isdigit():
-            done = path.with_name(path.name + ".done").exists()
-            found.append(LocalCheckpoint(step=int(path.name[1:]), directory=path, committed=done))
-    return sorted(found, key=lambda c: -c.step)
+    sent_bytes: int
+    total_bytes: int
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Job:
+class _Snapshot:
     step: int
     final: bool
-    snapshot: Snapshot | None
+    snapshot: Snapshot
+    metrics: dict[str, JsonValue]
+    # Waits for room on a full disk.
+    patient: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Upload:
+    step: int
     metrics: dict[str, JsonValue]
 
 
 class Uploader:
-    """Uploads the checkpoints of one task under one lease. `folder` is that task's."""
+    """Takes care of the checkpoints of one task, in its `folder`, under one lease. `say` tells the volunteer.
 
-    def __init__(self, session: Session, held: Held, heartbeat: Heartbeat, transfer: Transfer, folder: Path) -> None:
+    `make_room` is called once when the disk is full, before waiting for its owner.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        held: Held,
+        heartbeat: Heartbeat,
+        transfer: Transfer,
+        folder: Path,
+        *,
+        say: Callable[[str], None] = _log.warning,
+        make_room: Callable[[], None] = lambda: None,
+    ) -> None:
         self._session = session
         self._held = held
         self._heartbeat = heartbeat
         self._transfer = transfer
-        self._folder = folder
+        self._local = LocalCheckpoints(folder)
+        self._say = say
+        self._make_room = make_room
         self._condition = threading.Condition()
-        self._waiting: _Job | None = None
-        self._busy = False
+        self._to_write: _Snapshot | None = None
+        self._writing = False
+        self._to_send: _Upload | None = None
+        self._sending: Sending | None = None
         self._closed = False
         self._error: BaseException | None = None
-        self.committed_step = 0
-        self._thread = threading.Thread(target=self._run, name="uploader", daemon=True)
+        # Nothing comes after `newest_step`.
+        self._last = False
+        # Set while what is on its way is older than that.
+        self._superseded = threading.Event()
+        self._abandoned = threading.Event()
+        self.committed_step = self._local.committed_step
+        # The last that was submitted or resumed.
+        self.newest_step = self.committed_step
         folder.mkdir(parents=True, exist_ok=True)
-        self._thread.start()
+        self._local.sweep()
+        self._threads = [
+            threading.Thread(target=self._run, args=(self._write_next,), name="checkpoint-writer", daemon=True),
+            threading.Thread(target=self._run, args=(self._send_next,), name="checkpoint-sender", daemon=True),
+        ]
+        for thread in self._threads:
+            thread.start()
 
     @property
-    def busy(self) -> bool:
-        """Whether a checkpoint is being written or sent: another now would only queue up."""
+    def is_writing(self) -> bool:
+        """Whether a snapshot is on its way to the disk: another now would only take memory."""
         with self._condition:
-            return self._busy or self._waiting is not None
+            return self._writing or self._to_write is not None
 
-    def submit(self, snapshot: Snapshot, *, step: int, final: bool, metrics: dict[str, JsonValue]) -> None:
-        """Queues a snapshot; an older one that waits is dropped. Raises what went wrong before, if something did."""
-        self._put(_Job(step=step, final=final, snapshot=snapshot, metrics=metrics))
+    @property
+    def sending(self) -> Sending | None:
+        with self._condition:
+            return self._sending
 
-    def resume(self, checkpoint: LocalCheckpoint, *, final: bool) -> None:
-        """Queues a checkpoint that a former process wrote and did not get committed."""
-        self._put(_Job(step=checkpoint.step, final=final, snapshot=None, metrics={}))
+    def submit(
+        self,
+        snapshot: Snapshot,
+        *,
+        step: int,
+        final: bool,
+        metrics: dict[str, JsonValue],
+        last: bool = False,
+        patient: bool = True,
+    ) -> None:
+        """Queues a snapshot; an older one that waits is dropped. Raises what went wrong before, if something did.
 
-    def _put(self, job: _Job) -> None:
+        With `last`, nothing comes after it: an older upload under way is broken off. Not `patient`, a full disk is an
+        error, ResourceExhausted, instead of a wait.
+        """
         with self._condition:
             self._raise_error()
-            self._waiting = job
+            self._to_write = _Snapshot(step=step, final=final, snapshot=snapshot, metrics=metrics, patient=patient)
+            self.newest_step = step
+            if last:
+                self._to_send = None
+                self._skip_older()
             self._condition.notify_all()
 
-    def flush(self) -> None:
-        """Waits until all that was submitted is committed. Raises what went wrong."""
+    def resume(self, checkpoint: LocalCheckpoint, metrics: dict[str, JsonValue]) -> None:
+        """Queues a checkpoint that a former process wrote and did not get committed."""
         with self._condition:
-            self._condition.wait_for(lambda: self._error is not None or not (self._busy or self._waiting))
             self._raise_error()
+            self._to_send = _Upload(step=checkpoint.step, metrics=metrics)
+            self.newest_step = checkpoint.step
+            self._condition.notify_all()
+
+    def skip_older(self) -> None:
+        """Nothing comes after what was submitted last: an older upload under way is broken off."""
+        with self._condition:
+            self._skip_older()
+
+    def _skip_older(self) -> None:
+        self._last = True
+        self._mark_superseded()
+
+    def _mark_superseded(self) -> None:
+        if self._last and self._sending is not None and self._sending.step < self.newest_step:
+            self._superseded.set()
+        else:
+            self._superseded.clear()
+
+    def flush(self, *, tick: Callable[[], None] = lambda: None, give_up: Callable[[], bool] = lambda: False) -> bool:
+        """Waits until all that was submitted is committed; True then. Raises what went wrong.
+
+        False when `give_up` said so first, and everything is at least on this disk.
+        """
+        while True:
+            with self._condition:
+                settled = self._condition.wait_for(lambda: self._error is not None or self._idle(), _TICK_SECONDS)
+                self._raise_error()
+                if settled:
+                    return True
+                on_disk = not self._writing and self._to_write is None
+            tick()
+            if on_disk and give_up():
+                return False
 
     def check(self) -> None:
         """Raises what went wrong in the background, if something did."""
         with self._condition:
             self._raise_error()
 
-    def close(self) -> None:
+    def close(self, *, abandon: bool = False) -> None:
+        """Ends both threads: after what is on its way, or at once with `abandon`; the folder stays valid."""
         with self._condition:
             self._closed = True
+            if abandon:
+                self._abandoned.set()
             self._condition.notify_all()
-        self._thread.join()
+        for thread in self._threads:
+            thread.join()
+
+    def _idle(self) -> bool:
+        return not self._writing and self._to_write is None and self._sending is None and self._to_send is None
 
     def _raise_error(self) -> None:
         if self._error is not None:
             raise self._error
 
-    def _run(self) -> None:
-        while True:
+    def _run(self, step: Callable[[], bool]) -> None:
+        """A thread: `step` does the next thing, and is False when there will be no more."""
+        try:
+            while step():
+                # Outside the lock: a large checkpoint takes a while to remove.
+                self._prune()
+        except BaseException as error:  # noqa: BLE001  # handed to the training thread
             with self._condition:
-                self._condition.wait_for(lambda: self._closed or self._waiting is not None)
-                if self._waiting is None:
-                    return
-                job, self._waiting, self._busy = self._waiting, None, True
+                self._settle(error)
+
+    def _settle(self, error: BaseException | None) -> None:
+        """With the lock held: tells whoever waits how the thing in hand ended."""
+        if self._error is None:
+            self._error = error
+        self._condition.notify_all()
+
+    def _over(self) -> bool:
+        return self._error is not None or self._abandoned.is_set()
+
+    # To the disk
+
+    def _write_next(self) -> bool:
+        with self._condition:
+            self._condition.wait_for(lambda: self._closed or self._over() or self._to_write is not None)
+            if self._over() or self._to_write is None:
+                return False
+            job, self._to_write, self._writing = self._to_write, None, True
+        written, error = False, None
+        try:
+            written = self._write(job)
+        except BaseException as caught:  # noqa: BLE001  # handed to the training thread
+            error = caught
+        with self._condition:
+            self._writing = False
+            if written:
+                self._to_send = _Upload(step=job.step, metrics=job.metrics)
+            self._settle(error)
+        return error is None
+
+    def _write(self, job: _Snapshot) -> bool:
+        """Whether it is on the disk; not when a newer one came while there was no room for it."""
+        from cbtm_worker.train import write_checkpoint
+
+        tries = 0
+        while True:
             try:
-                self._process(job)
-            except BaseException as error:  # noqa: BLE001  # handed to the training thread
-                with self._condition:
-                    self._error = error
-            finally:
-                with self._condition:
-                    self._busy = False
-                    self._condition.notify_all()
-            if self._error is not None:
-                return
+                write_checkpoint(job.snapshot, self._local.path(job.step), final=job.final)
+            except ResourceExhausted as error:
+                if tries == 0:
+                    self._make_room()
+                elif not job.patient:
+                    raise
+                elif tries == 1:
+                    self._say(f"the checkpoint of step {job.step:,} waits for room: {error.message}")
+                if tries and self._newer_or_over():
+                    return False
+                tries += 1
+                continue
+            point("worker.checkpoint.after_rename")
+            return True
 
-    def _process(self, job: _Job) -> None:
-        directory = self._folder / f"s{job.step:010d}"
-        if job.snapshot is not None:
-            from cbtm_worker.train import write_checkpoint
+    def _newer_or_over(self) -> bool:
+        """Waits for room on the disk; whether the snapshot in hand is needless by then."""
+        over = AnyOf(self._heartbeat.ended, self._abandoned)
+        with self._condition:
+            self._condition.wait_for(lambda: self._to_write is not None or over.is_set(), _FULL_DISK_SECONDS)
+            return self._to_write is not None or over.is_set()
 
-            write_checkpoint(job.snapshot, directory, final=job.final)
-        point("worker.checkpoint.after_rename")
-        files = describe(directory)
-        self._send_until_committed(job, directory, files)
-        directory.with_name(directory.name + ".done").touch()
-        self._heartbeat.committed(job.step)
-        self.committed_step = job.step
-        self._prune(job.step)
+    def _prune(self) -> None:
+        with self._condition:
+            needed = {s.step for s in (self._sending, self._to_send) if s is not None}
+        self._local.prune(needed)
 
-    def _send_until_committed(self, job: _Job, directory: Path, files: list[FileSpec]) -> None:
+    # To the coordinator
+
+    def _send_next(self) -> bool:
+        with self._condition:
+            self._condition.wait_for(
+                lambda: (
+                    self._over()
+                    or self._to_send is not None
+                    or (self._closed and not self._writing and self._to_write is None)
+                )
+            )
+            if self._over() or self._to_send is None:
+                return False
+            job, self._to_send = self._to_send, None
+            self._sending = Sending(step=job.step, sent_bytes=0, total_bytes=0)
+            self._mark_superseded()
+        error = None
+        try:
+            if self._send_until_committed(job):
+                self._local.mark_committed(job.step)
+                self._heartbeat.committed(job.step)
+                self.committed_step = job.step
+        except BaseException as caught:  # noqa: BLE001  # handed to the training thread
+            error = caught
+        with self._condition:
+            self._sending = None
+            self._settle(error)
+        return error is None
+
+    def _send_until_committed(self, job: _Upload) -> bool:
+        """False when it was broken off in favour of a newer one."""
+        files = describe(self._local.path(job.step))
+        cancelled = AnyOf(self._heartbeat.ended, self._abandoned, self._superseded)
         wrong = attempt = 0
+        left: int | None = None
         while True:
             self._heartbeat.check()
             try:
-                return self._send(job, directory, files)
-            except UrlExpired:
-                attempt = 0
-            except IntegrityError:
+                prepared = self._session.prepare_upload(self._held, job.step, files)
+                before, left = left, sum(_bytes_left(upload) for upload in prepared.uploads)
+                if before is not None and left < before:
+                    attempt = 0
+                self._send(job, prepared.checkpoint.id, prepared.uploads, left, cancelled)
+                return True
+            except (IntegrityError, AlreadyExists, InternalError) as error:
                 wrong += 1
-                if wrong >= _WRONG_BYTES_TRIES:
+                if wrong >= _TRIES:
                     raise
-            except RETRYABLE as error:
+                _log.warning("the checkpoint of step %d is sent again: %s", job.step, error.message)
+            except _PASSING as error:
                 _log.info("the checkpoint of step %d waits: %s", job.step, error.message)
-            except Cancelled:
-                self._heartbeat.check()
-                raise
             attempt += 1
-            self._heartbeat.ended.wait(_BACKOFF.delay(min(attempt, 10), random.random()))
+            if cancelled.wait(_BACKOFF.delay(min(attempt, 10) - 1, random.random())):
+                self._heartbeat.check()
+                return False
+            if self._is_needless(job):
+                return False
 
-    def _send(self, job: _Job, directory: Path, files: list[FileSpec]) -> None:
-        prepared = self._session.prepare_upload(self._held, job.step, files)
+    def _is_needless(self, job: _Upload) -> bool:
+        """Whether a newer one waits, and nothing of this one has been sent yet."""
+        with self._condition:
+            sent = self._sending.sent_bytes if self._sending else 0
+            return sent == 0 and self._to_send is not None and self._to_send.step > job.step
+
+    def _send(
+        self, job: _Upload, checkpoint_id: str, uploads: Sequence[pb.Upload], left: int, cancelled: threading.Event
+    ) -> None:
         point("worker.upload.after_prepare")
-        for upload in prepared.uploads:
-            self._transfer.upload(
-                upload,
-                directory / upload.file.path,
-                on_bytes=self._heartbeat.moved,
-                cancelled=self._heartbeat.ended,
-            )
+        with self._condition:
+            self._sending = Sending(step=job.step, sent_bytes=0, total_bytes=left)
+        directory = self._local.path(job.step)
+        for upload in uploads:
+            self._transfer.upload(upload, directory / upload.file.path, on_bytes=self._moved, cancelled=cancelled)
             point("worker.upload.after_file")
         point("worker.upload.before_commit")
-        self._commit(prepared.checkpoint.id, job.metrics)
+        self._commit(checkpoint_id, job.metrics, cancelled)
         point("worker.upload.after_commit")
 
-    def _commit(self, checkpoint_id: str, metrics: dict[str, JsonValue]) -> None:
+    def _moved(self, count: int) -> None:
+        self._heartbeat.moved(count)
+        with self._condition:
+            if self._sending is not None:
+                self._sending = Sending(
+                    step=self._sending.step,
+                    sent_bytes=self._sending.sent_bytes + count,
+                    total_bytes=self._sending.total_bytes,
+                )
+
+    def _commit(self, checkpoint_id: str, metrics: dict[str, JsonValue], cancelled: threading.Event) -> None:
         request_id = new_request_id()
         while True:
             answer = self._session.commit(self._held, checkpoint_id, metrics, request_id)
             if answer.checkpoint.state in (pb.CHECKPOINT_STATE_COMMITTED, pb.CHECKPOINT_STATE_ACCEPTED):
                 return
             # The coordinator reads the checkpoint back; that takes as long as it takes.
-            if self._heartbeat.ended.wait(from_duration(answer.retry_after).total_seconds()):
-                self._heartbeat.check()
-
-    def _prune(self, newest: int) -> None:
-        for checkpoint in local_checkpoints(self._folder):
-            if checkpoint.step < newest:
-                checkpoint.directory.with_name(checkpoint.directory.name + ".done").unlink(missing_ok=True)
-                shutil.rmtree(checkpoint.directory)
+            if cancelled.wait(from_duration(answer.retry_after).total_seconds()):
+                raise Cancelled("the commit was broken off")
 
 
-def describe_error(error: BaseException) -> str:
-    """One line about an error, for the coordinator and the volunteer."""
-    return error.message if isinstance(error, CbtmError) else f"{type(error).__name__}: {error}"
+def _bytes_left(upload: pb.Upload) -> int:
+    if upload.stored:
+        return 0
+    if upload.HasField("multipart"):
+        return sum(part.size for part in upload.multipart.parts)
+    return upload.file.size

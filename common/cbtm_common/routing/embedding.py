@@ -48,11 +48,12 @@ class TermEmbedding:
         """[N, d], each row of length 1, or zero for a text without a known term."""
         sums = np.zeros((len(texts), self.dimensions))
         for i, text in enumerate(texts):
-            counts = Counter(row for row in map(self._row_of, WORD.findall(text)) if row is not None)
-            if counts:
-                rows = np.fromiter(counts.keys(), np.int64, len(counts))
-                weights = np.fromiter(counts.values(), np.float64, len(counts))
-                sums[i] = weights @ self.projection[rows]
+            # Words are counted before they are looked at: most of them are repeats.
+            counts = [(self._row_of(word), count) for word, count in Counter(WORD.findall(text)).items()]
+            known = [(row, count) for row, count in counts if row is not None]
+            if known:
+                rows, times = zip(*known, strict=True)
+                sums[i] = np.array(times, dtype=np.float64) @ self.projection[list(rows)]
         return normalise(sums)
 
     def embed_prefixes(self, text: str, ends: Sequence[int]) -> Float64:

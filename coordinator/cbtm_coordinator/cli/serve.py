@@ -22,6 +22,7 @@ def init(data_dir: DataDir = None, database_url: DatabaseUrl = None) -> None:
     Does nothing to a folder that is ready, so it can be run again.
     """
     from rich.console import Console
+    from rich.markup import escape
 
     from cbtm_coordinator.config import load_config
     from cbtm_coordinator.setup import initialise
@@ -29,7 +30,7 @@ def init(data_dir: DataDir = None, database_url: DatabaseUrl = None) -> None:
     config = load_config(data_dir=data_dir, database_url=database_url)
     made = initialise(config)
     console = Console()
-    console.print(f"[bold]{config.data_dir}[/] is {'ready' if made else 'ready already'}.")
+    console.print(f"[bold]{escape(str(config.data_dir))}[/] is {'ready' if made else 'ready already'}.")
     console.print("Next: [bold]cbtm-coord serve[/], then [bold]cbtm-coord run create --help[/].")
 
 

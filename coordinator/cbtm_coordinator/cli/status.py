@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import typer
 
@@ -15,6 +15,7 @@ from cbtm_coordinator.cli.options import AdminToken, Coordinator, DataDir, Json,
 
 if TYPE_CHECKING:
     from rich.console import Group
+    from rich.text import Text
 
     from cbtm_api.v1 import resources_pb2 as pb
     from cbtm_common.rpc import Connection
@@ -176,8 +177,28 @@ _STATE_STYLE = {
 }
 
 
+class _Column(NamedTuple):
+    name: str
+    justify: Literal["left", "right"]
+    always: bool
+
+
+_TASK_COLUMNS = (
+    _Column("Cluster", "right", always=True),
+    _Column("State", "left", always=True),
+    _Column("Worker", "left", always=False),
+    _Column("Step", "right", always=True),
+    _Column("Saved", "right", always=True),
+    _Column("Loss", "right", always=False),
+    _Column("Tokens/s", "right", always=False),
+    _Column("Lease", "right", always=False),
+    _Column("Terms", "left", always=False),
+)
+
+
 def render_run(facts: dict[str, Any]) -> Group:
     """The header and the table of one run."""
+    from rich.box import SIMPLE_HEAD
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
@@ -194,35 +215,44 @@ def render_run(facts: dict[str, Any]) -> Group:
         header.append(f"  about {human_seconds(remaining)} left")
     if facts["reason"]:
         header.append(f"\n{facts['reason']}", style="yellow")
-    table = Table(header_style="bold", expand=False)
-    for name, justify in (
-        ("Cluster", "right"),
-        ("Terms", "left"),
-        ("State", "left"),
-        ("Worker", "left"),
-        ("Step", "right"),
-        ("Saved", "right"),
-        ("Loss", "right"),
-        ("Tokens/s", "right"),
-        ("Lease", "right"),
-        ("Note", "left"),
-    ):
-        table.add_column(name, justify=justify)  # type: ignore[arg-type]
-    for t in facts["tasks"]:
-        lease = t["lease_seconds_left"]
-        notes = [t["phase"] if t["phase"] not in (None, "", "train") else "", t["reason"] or ""]
-        if t["attempts"]:
-            notes.append(f"{t['attempts']} failed")
-        table.add_row(
-            "seed" if t["cluster"] is None else str(t["cluster"]),
-            ", ".join(t["terms"]),
-            Text(t["state"], style=_STATE_STYLE.get(t["state"], "")),
-            t["worker"] or "",
-            f"{t['step']:,}/{t['total_steps']:,}",
-            f"{t['committed_step']:,}",
-            "" if t["loss"] is None else f"{t['loss']:.3f}",
-            "" if t["tokens_per_second"] is None else f"{t['tokens_per_second']:,.0f}",
-            "" if lease is None else f"{max(0, lease):.0f} s",
-            "; ".join(note for note in notes if note),
-        )
-    return Group(header, table)
+    rows = [_task_cells(t) for t in facts["tasks"]]
+    # Only what some task has something to say about, so that a narrow terminal has room for it.
+    shown = [n for n, column in enumerate(_TASK_COLUMNS) if column.always or any(row[n] for row in rows)]
+    table = Table(box=SIMPLE_HEAD, header_style="bold", padding=(0, 1, 0, 0), show_edge=False)
+    for column in (_TASK_COLUMNS[n] for n in shown):
+        table.add_column(column.name, justify=column.justify, no_wrap=column.name != "Terms")
+    for row in rows:
+        table.add_row(*(row[n] for n in shown))
+    notes = [Text(f"{_task_name(t)}: {note}", style="dim") for t in facts["tasks"] if (note := _note(t))]
+    return Group(header, table, *notes)
+
+
+def _task_cells(t: dict[str, Any]) -> list[str | Text]:
+    """One task, a cell for each of `_TASK_COLUMNS`."""
+    from rich.text import Text
+
+    lease = t["lease_seconds_left"]
+    return [
+        _task_name(t),
+        Text(t["state"], style=_STATE_STYLE.get(t["state"], "")),
+        Text(t["worker"] or ""),
+        f"{t['step']:,}/{t['total_steps']:,}",
+        f"{t['committed_step']:,}",
+        "" if t["loss"] is None else f"{t['loss']:.3f}",
+        "" if t["tokens_per_second"] is None else f"{t['tokens_per_second']:,.0f}",
+        "" if lease is None else f"{max(0, lease):.0f} s",
+        # Cut to what the other columns leave.
+        Text(", ".join(t["terms"]), no_wrap=True, overflow="ellipsis"),
+    ]
+
+
+def _task_name(t: dict[str, Any]) -> str:
+    return "seed" if t["cluster"] is None else str(t["cluster"])
+
+
+def _note(t: dict[str, Any]) -> str:
+    """What is out of the ordinary about a task."""
+    notes = [t["phase"] if t["phase"] not in (None, "", "train") else "", t["reason"] or ""]
+    if t["attempts"]:
+        notes.append(f"{t['attempts']} failed")
+    return "; ".join(note for note in notes if note)

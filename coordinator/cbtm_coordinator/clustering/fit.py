@@ -1,6 +1,7 @@
 """Fits the clustering model on a sample: tf-idf, truncated SVD to 100 dimensions, normalised, balanced k-means.
 
-The terms are those of `cbtm_common.routing`, so what is fitted here is exactly what routes later.
+The terms are those of `cbtm_common.routing`, so what is fitted here is exactly what routes later; and nothing of it is
+changed after the corpus has been sharded by it, the prior included.
 """
 
 from __future__ import annotations
@@ -12,12 +13,17 @@ from typing import Any
 import numpy as np
 
 from cbtm_common.errors import InvalidArgument
-from cbtm_common.routing import CentroidRouter, TermEmbedding, terms
+from cbtm_common.routing import CentroidRouter, TermEmbedding
 from cbtm_coordinator.clustering.kmeans import balanced_kmeans
+from cbtm_coordinator.clustering.tfidf import tfidf
 
 DIMENSIONS = 100
-MAX_TERMS = 65_536
 _TOP_TERMS = 20
+# From so many texts on, a term must occur in two of them.
+_MANY_TEXTS = 1000
+# k-means depends on where it starts by a few percent of its inertia; it is tried again where that takes seconds.
+_RESTARTS = 4
+_CHEAP = 4_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,44 +50,57 @@ def fit(
         raise InvalidArgument(f"clusters: {clusters} cannot be made of {len(texts)} documents", field="clusters")
     if clusters == 1:
         return _trivial(cluster_ids[0], temperature)
-    from sklearn.decomposition import TruncatedSVD
-    from sklearn.feature_extraction.text import TfidfVectorizer
-
     report("counting terms")
-    vectorizer = TfidfVectorizer(
-        analyzer=terms, min_df=2 if len(texts) >= 1000 else 1, max_features=MAX_TERMS, dtype=np.float32
-    )
-    try:
-        tfidf = vectorizer.fit_transform(texts)
-    except ValueError as error:
-        raise InvalidArgument(f"corpus: no usable words to cluster by ({error})", field="corpus") from error
-    dimensions = min(DIMENSIONS, tfidf.shape[1] - 1, tfidf.shape[0] - 1)
+    counted = tfidf(texts, min_documents=2 if len(texts) >= _MANY_TEXTS else 1)
+    dimensions = min(DIMENSIONS, len(counted.terms) - 1, len(texts) - 1)
     if dimensions < 1:
         raise InvalidArgument("corpus: too few different words to cluster by", field="corpus")
-    report("reducing to 100 dimensions")
-    svd = TruncatedSVD(dimensions, random_state=seed, n_iter=4)
-    svd.fit(tfidf)
-    projection = (vectorizer.idf_[:, None] * svd.components_.T).astype(np.float32)
-    embedding = TermEmbedding(vectorizer.get_feature_names_out().tolist(), projection)
+    report(f"reducing to {dimensions} dimensions")
+    components, explained = _reduce(counted.matrix, dimensions, seed)
+    embedding = TermEmbedding(counted.terms, (counted.idf[:, None] * components.T).astype(np.float32))
     # The rows that `embedding.embed` would give, by one sparse product.
-    embedded = tfidf @ svd.components_.T.astype(np.float32)
-    lengths = np.linalg.norm(embedded, axis=1, keepdims=True)
-    embedded = np.divide(embedded, lengths, out=np.zeros_like(embedded), where=lengths > 1e-12)
+    embedded = counted.matrix @ components.T.astype(np.float32)
+    lengths = np.linalg.norm(embedded, axis=1)
+    # A text without a known term says nothing of where a centroid should be.
+    known = np.flatnonzero(lengths > 1e-12)
+    if len(known) < clusters:
+        raise InvalidArgument(
+            f"clusters: only {len(known)} document(s) have words to cluster by, for {clusters} clusters",
+            field="clusters",
+        )
+    points = embedded[known] / lengths[known, None]
     report("balanced k-means")
-    result = balanced_kmeans(embedded, clusters, seed=seed)
+    restarts = _RESTARTS if len(points) * clusters <= _CHEAP else 1
+    result = balanced_kmeans(points, clusters, seed=seed, restarts=restarts)
     router = CentroidRouter(
         cluster_ids=cluster_ids,
         embedding=embedding,
         centroids=result.centroids,
-        prior=np.full(clusters, 1.0 / clusters, dtype=np.float32),
+        prior=_prior(points, result.centroids, np.array([len(text) for text in texts], dtype=np.float64)[known]),
         temperature=temperature,
     )
     return FitResult(
         router=router,
-        top_terms=_top_terms(tfidf, result.labels, clusters, embedding.terms),
+        top_terms=_top_terms(counted.matrix[known], result.labels, clusters, counted.terms),
         inertia=result.inertia,
-        explained_variance=float(svd.explained_variance_ratio_.sum()),
+        explained_variance=explained,
     )
+
+
+def _reduce(matrix: Any, dimensions: int, seed: int) -> tuple[Any, float]:
+    """Components [d, V] of the truncated SVD, and the share of variance that they explain."""
+    from sklearn.decomposition import TruncatedSVD
+
+    svd = TruncatedSVD(dimensions, random_state=seed, n_iter=4)
+    svd.fit(matrix)
+    return svd.components_, float(np.nan_to_num(svd.explained_variance_ratio_.sum()))
+
+
+def _prior(points: Any, centroids: Any, characters: Any) -> Any:
+    """Each cluster's share of the sample's characters under nearest-centroid assignment, [K] float32."""
+    nearest = ((centroids**2).sum(axis=1) - 2 * points @ centroids.T).argmin(axis=1)
+    shares = np.bincount(nearest, weights=characters, minlength=len(centroids))
+    return (shares / shares.sum()).astype(np.float32)
 
 
 def _trivial(cluster_id: str, temperature: float) -> FitResult:

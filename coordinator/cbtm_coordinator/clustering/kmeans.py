@@ -20,6 +20,8 @@ Int = npt.NDArray[np.int64]
 _PRICE_STEPS = 60
 # Imbalance, as a share of N/K, that the exact repair may be left with.
 _TOLERANCE = 0.01
+# Rounds that lower the inertia by a smaller share than this are not worth their time.
+_WORTHWHILE = 5e-4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,18 +52,20 @@ def _one_run(points: Float, clusters: int, chance: np.random.Generator, max_iter
     centroids = _plus_plus(points, clusters, chance)
     capacity = capacities(len(points), clusters)
     prices = np.zeros(clusters, dtype=np.float32)
+    lengths = float((points**2).sum(dtype=np.float64))
     labels: Int = np.full(len(points), -1)
-    iteration = 0
+    inertia, iteration = np.inf, 0
     for iteration in range(1, max_iterations + 1):  # noqa: B007  # reported below
-        before = labels
+        before, inertia_before = labels, inertia
         costs = _costs(points, centroids)
         prices = _balance_prices(costs, capacity, prices)
         labels = _repair(costs, (costs + prices).argmin(axis=1), capacity)
         centroids = _means(points, labels, clusters)
-        if np.count_nonzero(labels != before) <= len(points) // 1000:
+        inertia = lengths + _total(costs, labels)
+        if (labels == before).all() or inertia_before - inertia <= _WORTHWHILE * inertia:
             break
-    squared = (points**2).sum() + _costs(points, centroids)[np.arange(len(points)), labels].sum(dtype=np.float64)
-    return KMeansResult(centroids=centroids, labels=labels, inertia=float(squared), iterations=iteration)
+    squared = max(0.0, lengths + _total(_costs(points, centroids), labels))
+    return KMeansResult(centroids=centroids, labels=labels, inertia=squared, iterations=iteration)
 
 
 def capacities(points: int, clusters: int) -> Int:
@@ -76,6 +80,10 @@ def _costs(points: Float, centroids: Float) -> Float:
     costs: Float = points @ (-2.0 * centroids.T)
     costs += (centroids**2).sum(axis=1)
     return costs
+
+
+def _total(costs: Float, labels: Int) -> float:
+    return float(costs[np.arange(len(labels)), labels].sum(dtype=np.float64))
 
 
 def _plus_plus(points: Float, clusters: int, chance: np.random.Generator) -> Float:

@@ -7,7 +7,9 @@ seed alone. Remote code is never trusted.
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,32 +53,47 @@ def load_pretrained(source: str, output: Path) -> BaseModel:
     """Loads and saves a pretrained model. Raises InvalidArgument, saying why it is none."""
     from transformers import AutoModelForCausalLM
 
+    source = local_or_hub(source, field="seed-model")
     try:
-        model = AutoModelForCausalLM.from_pretrained(source, dtype="auto", trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        message = str(error).strip().splitlines()
+        with _quiet():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                source, dtype="auto", trust_remote_code=False, output_loading_info=True
+            )
+    except Exception as error:  # what a broken folder makes transformers raise is of any class
         raise InvalidArgument(
-            f"seed-model: {source!r} is no causal language model that transformers can load: "
-            f"{message[0] if message else type(error).__name__}",
+            f"seed-model: {source!r} is no causal language model that transformers can load: {first_line(error)}",
             field="seed-model",
         ) from error
+    model, info = loaded
+    missing = sorted(info["missing_keys"])
+    if missing:
+        # transformers would fill them at random, and every expert would start from a damaged model.
+        raise InvalidArgument(
+            f"seed-model: {source!r} lacks {len(missing)} of its weights, such as {missing[0]}", field="seed-model"
+        )
     return _save(model, output)
+
+
+def check_config(path: Path) -> BaseModel:
+    """What the model of a config would be, its weights not made. Raises InvalidArgument, naming what is wrong."""
+    import torch
+
+    with torch.device("meta"):
+        model = _from_config(_config(path), path)
+    return _about(model, path.parent)
 
 
 def from_scratch(config_path: Path, output: Path, *, seed: int, vocab_size: int, eos_token_id: int) -> BaseModel:
     """Random weights for the config at `config_path` (a Hugging Face config.json with its `model_type`)."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.for_model(**read_config(config_path))
+    config = _config(config_path)
     config.vocab_size = vocab_size
     config.eos_token_id = config.bos_token_id = config.pad_token_id = eos_token_id
     generator_state = torch.random.get_rng_state()
     torch.manual_seed(seed)
     try:
-        model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InvalidArgument(f"from-scratch: {config_path} gives no model: {error}", field="from-scratch") from error
+        model = _from_config(config, config_path)
     finally:
         torch.random.set_rng_state(generator_state)
     return _save(model.to(torch.float32), output)
@@ -86,13 +103,52 @@ def read_config(path: Path) -> dict[str, Any]:
     """The fields of a model config. Raises InvalidArgument, naming what is missing."""
     try:
         fields = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        raise InvalidArgument(f"from-scratch: there is no file {path}", field="from-scratch") from None
+    except OSError as error:
+        raise InvalidArgument(f"from-scratch: {path} cannot be read: {error.strerror}", field="from-scratch") from error
     except ValueError as error:
         raise InvalidArgument(f"from-scratch: {path} is not JSON: {error}", field="from-scratch") from error
     if not isinstance(fields, dict) or "model_type" not in fields:
         raise InvalidArgument(f"from-scratch: {path} has no model_type, such as 'llama'", field="from-scratch")
     return fields
+
+
+def _config(path: Path) -> Any:
+    from transformers import AutoConfig
+
+    fields = read_config(path)
+    try:
+        return AutoConfig.for_model(**fields)
+    except Exception as error:  # each model's config checks itself in its own way
+        raise InvalidArgument(f"from-scratch: {path}: {first_line(error)}", field="from-scratch") from error
+
+
+def _from_config(config: Any, path: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    try:
+        return AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+    except Exception as error:  # as above
+        raise InvalidArgument(
+            f"from-scratch: {path} gives no causal language model: {first_line(error)}", field="from-scratch"
+        ) from error
+
+
+def local_or_hub(source: str, *, field: str) -> str:
+    """`source` as transformers takes it. Raises InvalidArgument for what can only be a folder and is none."""
+    path = Path(source).expanduser()
+    if path.exists():
+        return str(path)
+    # A Hub id is NAME or OWNER/NAME.
+    if source.startswith(("/", ".", "~")) or source.count("/") > 1:
+        raise InvalidArgument(f"{field}: there is no folder {source}", field=field)
+    return source
+
+
+def first_line(error: Exception) -> str:
+    """What a library's error says, at most one line of it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    # Validation errors of configs say where in the first line and what in the second.
+    return " ".join(lines[:2])[:300] if lines else type(error).__name__
 
 
 def check_fit(base: BaseModel, *, sequence_length: int, tokenizer_size: int) -> None:
@@ -110,10 +166,31 @@ def check_fit(base: BaseModel, *, sequence_length: int, tokenizer_size: int) -> 
 
 
 def _save(model: Any, output: Path) -> BaseModel:
-    model.save_pretrained(output)
+    with _quiet():
+        model.save_pretrained(output)
+    return _about(model, output)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """transformers' own bars and reports would be drawn over ours."""
+    from transformers.utils import logging
+
+    bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _about(model: Any, directory: Path) -> BaseModel:
     config = model.config
     return BaseModel(
-        directory=output,
+        directory=directory,
         parameters=sum(p.numel() for p in model.parameters()),
         vocab_size=int(config.vocab_size),
         context=getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None),

@@ -1,7 +1,8 @@
 """The second pass: every document to its nearest cluster, held out or not by a hash of its id, tokenized, packed.
 
-Token ids are appended to spool files, one for each cluster and split, then cut into shards at document boundaries.
-Memory holds one batch of documents and small write buffers, whatever the corpus and K.
+Token ids wait in spool files, one for each cluster and split, and are cut into shards at document boundaries. Memory
+holds one batch of documents and one write buffer, whatever the corpus and K. Disk holds the corpus as token ids once,
+and one cluster of it twice.
 """
 
 from __future__ import annotations
@@ -9,22 +10,25 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from cbtm_common.errors import InvalidArgument
 from cbtm_common.routing import CentroidRouter
 from cbtm_common.shards import MAX_PAYLOAD_BYTES, token_dtype, write_shard
 from cbtm_coordinator.clustering.corpus import Document
+from cbtm_coordinator.clustering.spool import Spools
 
 TRAIN, HELD_OUT = "TRAIN", "HELD_OUT"
-_BATCH = 256
-_BUFFER_TOKENS = 1 << 16
+# A batch is tokenized at once, at about a hundred bytes of memory a token.
+_BATCH_DOCUMENTS = 256
+_BATCH_CHARACTERS = 4_000_000
 _EXAMPLES = 5
 _EXAMPLE_CHARACTERS = 400
+_LENGTHS_AT_A_TIME = 1 << 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,48 +52,6 @@ class ClusterStats:
     examples: list[str] = field(default_factory=list)
 
 
-class Spool:
-    """Tokens of one cluster and split on their way to shards: an append-only file and document lengths."""
-
-    def __init__(self, path: Path, dtype: np.dtype[Any]) -> None:
-        self._path = path
-        self._dtype = dtype
-        self._buffer: list[npt.NDArray[Any]] = []
-        self._buffered = 0
-        self.lengths: list[int] = []
-
-    def append(self, ids: list[int]) -> None:
-        self._buffer.append(np.asarray(ids, dtype=self._dtype))
-        self._buffered += len(ids)
-        self.lengths.append(len(ids))
-        if self._buffered >= _BUFFER_TOKENS:
-            self.flush()
-
-    def flush(self) -> None:
-        if self._buffer:
-            # Opened for each flush: with K = 1,024 there are more spools than file descriptors.
-            with self._path.open("ab") as file:
-                for ids in self._buffer:
-                    ids.tofile(file)
-            self._buffer, self._buffered = [], 0
-
-    def take_last(self) -> list[int]:
-        """Removes the last document and returns its ids."""
-        self.flush()
-        ids = self.read()[-self.lengths[-1] :].tolist()
-        size = (sum(self.lengths) - len(ids)) * self._dtype.itemsize
-        with self._path.open("r+b") as file:
-            file.truncate(size)
-        self.lengths.pop()
-        return [int(i) for i in ids]
-
-    def read(self) -> npt.NDArray[Any]:
-        self.flush()
-        if not self.lengths:
-            return np.zeros(0, dtype=self._dtype)
-        return np.memmap(self._path, dtype=self._dtype, mode="r")
-
-
 def shard_corpus(
     documents: Iterable[Document],
     router: CentroidRouter,
@@ -99,35 +61,39 @@ def shard_corpus(
     held_out_fraction: float,
     on_documents: Callable[[int], None] = lambda _: None,
 ) -> tuple[list[ShardFile], list[ClusterStats]]:
-    """Writes all shards under `output`; their list, and statistics by cluster index."""
+    """Writes all shards into `output`, a folder for them alone; their list, and statistics by cluster index."""
     vocab_size, eos = len(tokenizer), int(tokenizer.eos_token_id)
     output.mkdir(parents=True, exist_ok=True)
-    dtype = token_dtype(vocab_size)
-    count = len(router.cluster_ids)
-    spools = {
-        (cluster, split): Spool(output / f"c{cluster:04d}.{split.lower()}.spool", dtype)
-        for cluster in range(count)
-        for split in (TRAIN, HELD_OUT)
-    }
-    stats = [ClusterStats() for _ in range(count)]
+    spools = Spools(output, token_dtype(vocab_size))
+    stats = [ClusterStats() for _ in router.cluster_ids]
     for batch in _batches(documents):
         texts = [document.text for document in batch]
-        encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+        # What looks like a special token in a document is text: only packing ends a document.
+        encoded = tokenizer(
+            texts,
+            add_special_tokens=False,
+            split_special_tokens=True,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )["input_ids"]
         for document, cluster, ids in zip(batch, router.assign(texts).tolist(), encoded, strict=True):
             split = HELD_OUT if is_held_out(document.id, held_out_fraction) else TRAIN
-            spools[cluster, split].append([*ids, eos])
+            spools.append((cluster, split), [*ids, eos])
             _note(stats[cluster], document, len(ids) + 1)
         on_documents(len(batch))
+    spools.flush()
     shards: list[ShardFile] = []
-    for cluster in range(count):
-        train, held_out = spools[cluster, TRAIN], spools[cluster, HELD_OUT]
-        if not held_out.lengths and len(train.lengths) > 1:
+    for cluster in range(len(stats)):
+        train, held_out = (cluster, TRAIN), (cluster, HELD_OUT)
+        if not spools.documents(held_out) and spools.documents(train) > 1:
             # Every cluster is judged on something, however small it is.
-            held_out.append(train.take_last())
-        for split, spool in ((TRAIN, train), (HELD_OUT, held_out)):
-            shards += _pack(spool, output, cluster, split, vocab_size=vocab_size, eos=eos)
-    for path in output.glob("*.spool"):
-        path.unlink()
+            spools.append(held_out, spools.take_last(train))
+        for key in (train, held_out):
+            tokens, lengths = spools.read(key)
+            shards += _pack(tokens, lengths, output, cluster, key[1], vocab_size=vocab_size, eos=eos)
+            del tokens, lengths
+            spools.drop(key)
     return shards, stats
 
 
@@ -145,18 +111,35 @@ def _note(stats: ClusterStats, document: Document, tokens: int) -> None:
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    source = iter(documents)
-    while batch := list(islice(source, _BATCH)):
+    batch: list[Document] = []
+    characters = 0
+    for document in documents:
+        batch.append(document)
+        characters += len(document.text)
+        if len(batch) >= _BATCH_DOCUMENTS or characters >= _BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
         yield batch
 
 
-def _pack(spool: Spool, output: Path, cluster: int, split: str, *, vocab_size: int, eos: int) -> list[ShardFile]:
-    tokens = spool.read()
+def _pack(
+    tokens: npt.NDArray[Any],
+    lengths: npt.NDArray[np.int64],
+    output: Path,
+    cluster: int,
+    split: str,
+    *,
+    vocab_size: int,
+    eos: int,
+) -> list[ShardFile]:
     found: list[ShardFile] = []
-    for start, lengths in _cuts(spool.lengths, itemsize=tokens.dtype.itemsize):
+    start = 0
+    for first, end in _cuts(lengths, itemsize=tokens.dtype.itemsize):
         path = output / f"c{cluster:04d}-{split.lower()}-{len(found):05d}.safetensors"
-        offsets = np.concatenate([[0], np.cumsum(lengths)[:-1]]).astype(np.int64)
-        size = sum(lengths)
+        ends = np.cumsum(lengths[first:end])
+        size = int(ends[-1])
+        offsets = np.concatenate([[0], ends[:-1]]).astype(np.int64)
         write_shard(path, tokens[start : start + size], offsets, vocab_size=vocab_size, eos_token_id=eos)
         found.append(
             ShardFile(
@@ -165,23 +148,27 @@ def _pack(spool: Spool, output: Path, cluster: int, split: str, *, vocab_size: i
                 ordinal=len(found),
                 path=path,
                 tokens=size,
-                documents=len(lengths),
+                documents=end - first,
             )
         )
+        start += size
     return found
 
 
-def _cuts(lengths: list[int], *, itemsize: int) -> Iterator[tuple[int, list[int]]]:
-    """(first token, document lengths) of each shard: as many documents as fit in it."""
-    start, size, current = 0, 0, list[int]()
-    for length in lengths:
-        need = length * itemsize + 8
-        if need > MAX_PAYLOAD_BYTES:
-            raise ValueError(f"a document of {length} tokens does not fit a shard")
-        if size + need > MAX_PAYLOAD_BYTES:
-            yield start, current
-            start, size, current = start + sum(current), 0, []
-        current.append(length)
-        size += need
-    if current:
-        yield start, current
+def _cuts(lengths: npt.NDArray[np.int64], *, itemsize: int) -> Iterator[tuple[int, int]]:
+    """(first document, end) of each shard: as many documents as fit in it."""
+    first, size, document = 0, 0, 0
+    for begin in range(0, len(lengths), _LENGTHS_AT_A_TIME):
+        for length in lengths[begin : begin + _LENGTHS_AT_A_TIME].tolist():
+            need = length * itemsize + 8
+            if need > MAX_PAYLOAD_BYTES:
+                raise InvalidArgument(
+                    f"corpus: a document of {length:,} tokens does not fit a shard; split it", field="corpus"
+                )
+            if size + need > MAX_PAYLOAD_BYTES:
+                yield first, document
+                first, size = document, 0
+            size += need
+            document += 1
+    if size:
+        yield first, document

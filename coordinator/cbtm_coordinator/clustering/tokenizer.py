@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cbtm_common.errors import InvalidArgument
+from cbtm_coordinator.clustering.seed_model import first_line, local_or_hub
 
 END_OF_TEXT = "<|endoftext|>"
 DEFAULT_VOCAB_SIZE = 32_000
@@ -16,11 +17,12 @@ def load_tokenizer(source: str, output: Path) -> Any:
     """Loads a fast tokenizer by Hub id or folder and saves it to `output`. It must have an EOS token."""
     from transformers import AutoTokenizer
 
+    source = local_or_hub(source, field="tokenizer")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, use_fast=True)
-    except (OSError, ValueError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(source, use_fast=True, trust_remote_code=False)
+    except Exception as error:  # what a broken folder makes transformers raise is of any class
         raise InvalidArgument(
-            f"tokenizer: {source!r} cannot be loaded: {_first_line(error)}", field="tokenizer"
+            f"tokenizer: {source!r} cannot be loaded: {first_line(error)}", field="tokenizer"
         ) from error
     if not tokenizer.is_fast:
         raise InvalidArgument(f"tokenizer: {source!r} has no fast version (tokenizer.json)", field="tokenizer")
@@ -60,7 +62,3 @@ def train_tokenizer(texts: Iterable[str], output: Path, *, vocab_size: int, cont
     )
     tokenizer.save_pretrained(output)
     return tokenizer
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -23,6 +23,8 @@ from cbtm_coordinator.store.records import LeaseRecord, NewCluster, NewShard, Ru
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _MAX_CLUSTERS = 65_536
+# An estimate beyond this tells nobody anything.
+_MAX_REMAINING = timedelta(days=36_500)
 _FOLDERS = {
     ad.RUN_FILE_KIND_CLUSTERING: "clustering",
     ad.RUN_FILE_KIND_TOKENIZER: "tokenizer",
@@ -368,4 +370,5 @@ def _remaining(run: RunRecord, found: list[TaskRecord], live: dict[str, LeaseRec
         if task.state not in (TaskState.DONE, TaskState.FAILED):
             at = max(task.committed_step, live[task.id].step if task.id in live else 0)
             steps += task.total_steps - at
-    return timedelta(seconds=steps * recipe.global_batch * recipe.sequence_length / speed)
+    seconds = steps * recipe.global_batch * recipe.sequence_length / speed
+    return timedelta(seconds=seconds) if 0 <= seconds < _MAX_REMAINING.total_seconds() else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from datetime import timedelta
 from typing import Any
 
@@ -45,8 +46,8 @@ class WorkerServicer(WorkerServiceServicer):
 
     def Register(self, request: ws.RegisterRequest, context: Any) -> ws.RegisterResponse:
         name = request.name.strip()
-        if not 1 <= len(name) <= 200:
-            raise InvalidArgument("name: 1 to 200 characters are needed", field="name")
+        if not 1 <= len(name) <= 200 or not name.isprintable():
+            raise InvalidArgument("name: 1 to 200 printable characters are needed", field="name")
 
         def answer(tx: Connection) -> ws.RegisterResponse:
             now = self._store.now()
@@ -60,7 +61,7 @@ class WorkerServicer(WorkerServiceServicer):
                 credential_hash=hash_secret(self._context.secret("worker", worker_id)),
                 token_id=caller.get().id,
                 hardware_json=_hardware_json(request.hardware),
-                version=request.version[:64],
+                version=_printable(request.version, 64),
             )
             return ws.RegisterResponse(worker=convert.worker(worker))
 
@@ -125,6 +126,7 @@ class WorkerServicer(WorkerServiceServicer):
     def RenewLease(self, request: ws.RenewLeaseRequest, context: Any) -> ws.RenewLeaseResponse:
         # Not recorded by request_id: a renewal repeated is a renewal, and there are ten thousand a minute.
         given = request.progress
+        speed = given.tokens_per_second
         with self._store.writing() as tx:
             lease, told = leases.renew(
                 tx,
@@ -135,8 +137,9 @@ class WorkerServicer(WorkerServiceServicer):
                 progress=Progress(
                     step=given.step,
                     loss=given.loss,
-                    tokens_per_second=given.tokens_per_second,
-                    phase=given.phase[:32],
+                    # Sums and estimates are made of it. A loss that is no number says something; this does not.
+                    tokens_per_second=speed if 0 <= speed < math.inf else 0.0,
+                    phase=_printable(given.phase, 32),
                     transferred_bytes=given.transferred_bytes,
                 ),
             )
@@ -287,7 +290,7 @@ class WorkerServicer(WorkerServiceServicer):
                 worker_id=caller.get().id,
                 failed=reason == ws.RELEASE_REASON_FAILED,
                 is_unfit=reason == ws.RELEASE_REASON_UNFIT,
-                detail=request.detail[:_MAX_DETAIL],
+                detail=_printable(request.detail, _MAX_DETAIL),
             )
             return ws.ReleaseLeaseResponse(lease=convert.lease(lease), task_state=convert.task_state(task))
 
@@ -326,6 +329,11 @@ class WorkerServicer(WorkerServiceServicer):
 
 def convert_file(key: str, size: int, sha256: str) -> FileSpec:
     return FileSpec(path=key.rpartition("/")[2], key=key, size=size, sha256=sha256)
+
+
+def _printable(text: str, length: int) -> str:
+    """The first of `text` on one line; a database takes no NUL, and a terminal should obey no worker."""
+    return "".join(c if c.isprintable() else " " for c in text[:length])
 
 
 def _check_checkpoint_path(path: str) -> None:

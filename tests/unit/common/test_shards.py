@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
 
 from cbtm_common import shards
 from cbtm_common.errors import IntegrityError
@@ -62,6 +63,16 @@ def test_documents_come_back_as_they_went(documents: list[list[int]], vocab_size
         shard = read_shard(path)
         assert [document.tolist() for document in shard.documents()] == documents
         assert (shard.eos_token_id, shard.vocab_size) == (EOS, vocab_size)
+
+
+def test_it_is_a_safetensors_file_and_the_same_one_each_time(tmp_path: Path, good: bytes) -> None:
+    for name in ("a", "b"):
+        write_shard(tmp_path / name, TOKENS, OFFSETS, vocab_size=10, eos_token_id=EOS)
+        assert (tmp_path / name).read_bytes() == good
+    with safe_open(str(tmp_path / "a"), framework="numpy") as opened:
+        assert opened.metadata() == {"format": "cbtm-shard-1", "eos_token_id": "0", "vocab_size": "10"}
+        np.testing.assert_array_equal(opened.get_tensor("tokens"), TOKENS)
+        np.testing.assert_array_equal(opened.get_tensor("document_offsets"), OFFSETS)
 
 
 @pytest.mark.parametrize(("vocab_size", "expected"), [(257, "uint16"), (65_536, "uint16"), (65_537, "uint32")])

@@ -1,0 +1,400 @@
+"""`CbtmForCausalLM`: an ensemble that `transformers` takes for one causal language model.
+
+    import cbtm
+    model = AutoModelForCausalLM.from_pretrained("ensemble/")        # a folder that `Ensemble.save` wrote
+    model.generate(**tokenizer(prompts, return_tensors="pt", padding=True), num_beams=4)
+
+`logits` are the mixture's log-probabilities, so that softmax gives the mixture back. Every way of `generate` that
+`transformers` has for a decoder works on top of that, with keys and values kept for each expert in use. Token ids are
+taken as they are: documents in training begin after an end-of-text token, so a prompt had better begin with one.
+
+Not here: training (weights are read only, nothing has a gradient), attention maps and hidden states.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel, StoppingCriteria
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from cbtm._config import CbtmConfig
+from cbtm._decoder import MixtureDecoder
+from cbtm._ensemble import Ensemble
+from cbtm._folder import AUTO_MAP, ensemble_config
+from cbtm._forward import position_log_probs
+from cbtm._hub import pull, push
+from cbtm._residency import check_device
+from cbtm_common.errors import InvalidArgument
+
+if TYPE_CHECKING:
+    from cbtm._ensemble import TopK
+
+
+class MixtureCache(Cache):
+    """`past_key_values` of an ensemble: the contexts so far, with keys and values for each expert that read them."""
+
+    def __init__(self) -> None:
+        super().__init__(layers=[])
+        self._decoder: MixtureDecoder | None = None
+        # Columns of input_ids read so far, padding included.
+        self.columns = 0
+
+    def decoder(self, ensemble: Ensemble, rows: int) -> MixtureDecoder:
+        """Made with the first tokens, which tell how many rows there are."""
+        if self._decoder is None:
+            self._decoder = MixtureDecoder(ensemble.pool, ensemble.context_router, [[] for _ in range(rows)])
+        return self._decoder
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each row so far; empty before the first."""
+        return [] if self._decoder is None else [len(ids) for ids in self._decoder.contexts]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.columns
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        return -1
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        if self._decoder is not None:
+            self._decoder.reorder([int(i) for i in beam_idx.tolist()])
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self.reorder_cache(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.reorder_cache(torch.arange(len(self.lengths)).repeat_interleave(repeats))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Takes so many tokens off the end of every row; the sign is of no matter (transformers gives it negative)."""
+        tokens = abs(int(tokens_to_remove))
+        if tokens > 0 and self._decoder is not None:
+            self._decoder.crop(tokens)
+            self.columns -= tokens
+
+    def activate_past_recording(self) -> None:
+        """Nothing to do: every position can be cropped to."""
+
+    @property
+    def is_compileable(self) -> bool:
+        return False
+
+    @property
+    def is_croppable(self) -> bool:
+        return True
+
+    @property
+    def is_initialized(self) -> bool:
+        return True
+
+
+class _ContextFull(StoppingCriteria):
+    """Ends generation when the longest row fills the experts' context."""
+
+    def __init__(self, limit: int, attention_mask: torch.Tensor | None) -> None:
+        padding = 0 if attention_mask is None else int((attention_mask == 0).sum(-1).min())
+        self._columns = limit + padding
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> Any:
+        full = input_ids.shape[1] >= self._columns
+        return torch.full((len(input_ids),), full, dtype=torch.bool, device=input_ids.device)
+
+
+class CbtmForCausalLM(PreTrainedModel, GenerationMixin):
+    """See the module. `ensemble` is the same experts as text functions: route, score, perplexity.
+
+    Made by `from_pretrained`, or from an ensemble that is open already, which it shares.
+    """
+
+    config_class = CbtmConfig
+    main_input_name = "input_ids"
+    _supports_sdpa = True
+    _supports_flash_attn = True
+
+    def __init__(self, config: CbtmConfig, ensemble: Ensemble | None = None) -> None:
+        if ensemble is None:
+            raise InvalidArgument(
+                "CbtmForCausalLM: a config has no experts; use from_pretrained on a saved ensemble", field="config"
+            )
+        super().__init__(config)
+        self.ensemble = ensemble
+        self.post_init()  # type: ignore[no-untyped-call]
+        self.train(False)
+
+    @classmethod
+    def from_ensemble(cls, ensemble: Ensemble) -> Self:
+        """Shares the ensemble's experts and takes its routing."""
+        return cls(CbtmConfig(**ensemble_config(ensemble.parts, ensemble.routing)), ensemble)
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]  # fewer options: what makes no sense for an ensemble is refused
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        *,
+        config: CbtmConfig | str | os.PathLike[str] | None = None,
+        dtype: str | torch.dtype | None = None,
+        device_map: str | int | torch.device | Mapping[str, Any] | None = None,
+        max_experts: int | None = None,
+        max_bytes: int | None = None,
+        output_loading_info: bool = False,
+        **options: Any,
+    ) -> Any:
+        """From a folder that `save_pretrained` or `Ensemble.save` wrote, or a repository of one.
+
+        No weight is read before an expert is needed. `device_map` names one device for all ("auto": the first GPU if
+        there is one); at most `max_experts`, or `max_bytes` of weights, are in memory at a time. Fields of the config
+        may be given, such as `num_experts_per_tok=1`. Raises NotFound, IntegrityError or InvalidArgument.
+        """
+        folder = pull(pretrained_model_name_or_path, options)
+        if not isinstance(config, CbtmConfig):
+            config = CbtmConfig.from_pretrained(config or folder, local_files_only=True)
+        _apply(config, options)
+        dtype = dtype if dtype is not None else options.pop("torch_dtype", None)
+        ensemble = Ensemble.load(
+            folder,
+            top_k=config.num_experts_per_tok,
+            temperature=config.routing_temperature,
+            device=_device(device_map),
+            dtype=None if dtype is None else str(dtype).removeprefix("torch."),
+            max_experts=max_experts,
+            max_bytes=max_bytes,
+        ).with_routing(
+            policy=config.routing_policy,  # type: ignore[arg-type]  # checked there
+            weights=config.routing_weights,
+            distance=config.routing_distance,  # type: ignore[arg-type]
+        )
+        for name, value in ensemble_config(ensemble.parts, ensemble.routing).items():
+            setattr(config, name, value)
+        model = cls(config, ensemble)
+        model.name_or_path = str(pretrained_model_name_or_path)
+        if (folder / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+        info: dict[str, Any] = {"missing_keys": [], "unexpected_keys": [], "mismatched_keys": [], "error_msgs": []}
+        return (model, info) if output_loading_info else model
+
+    def save_pretrained(  # type: ignore[override]
+        self,
+        save_directory: str | os.PathLike[str],
+        *,
+        push_to_hub: bool = False,
+        repo_id: str | None = None,
+        token: str | bool | None = None,
+        overwrite: bool = True,
+        **options: Any,
+    ) -> None:
+        """The whole ensemble in one folder: see `cbtm._folder`. An ensemble that is there is replaced as a whole.
+
+        Raises AlreadyExists when the folder holds something else. Weights are written as stored, whatever the dtype
+        they are used in, and each expert's shards stay as they are.
+        """
+        self.ensemble.save(save_directory, overwrite=overwrite, extra=self._config_files())
+        if push_to_hub:
+            push(Path(save_directory), repo_id or Path(save_directory).name, token=token)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:  # type: ignore[override]
+        """Saves to a temporary folder and uploads all of it; options as in `huggingface_hub`."""
+        from tempfile import TemporaryDirectory
+
+        with TemporaryDirectory() as scratch:
+            self.save_pretrained(Path(scratch) / "ensemble")
+            return push(Path(scratch) / "ensemble", repo_id, **options)
+
+    def set_routing(self, *, top_k: TopK = None, temperature: float | None = None, **options: Any) -> None:
+        """Mixes otherwise from now on; see `Ensemble.with_routing`. The experts stay in memory."""
+        self.ensemble = self.ensemble.with_routing(top_k=top_k, temperature=temperature, **options)
+        for name, value in ensemble_config(self.ensemble.parts, self.ensemble.routing).items():
+            setattr(self.config, name, value)
+
+    # The forward pass
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **options: Any,
+    ) -> CausalLMOutputWithPast:
+        """`logits` [B, C, V]: log p(next token) after each kept column of `input_ids` [B, T], float32.
+
+        `attention_mask` [B, T] (with `past_key_values`, [B, T so far]) is 0 on padding, which may stand anywhere; a
+        column of padding repeats what stands after the last token before it, or is uniform where there is none.
+        `use_cache` (default: no, but for `generate`) keeps keys and values. `labels` gives a loss, without gradient.
+        Raises InvalidArgument for a row without a token, one longer than the context, and ids out of range.
+        """
+        refused = [name for name in _REFUSED if options.get(name) is not None and options[name] is not False]
+        if refused:
+            raise InvalidArgument(f"{refused[0]}: an ensemble has no such input or output", field=refused[0])
+        if input_ids is None or input_ids.ndim != 2 or input_ids.numel() == 0:
+            shape = None if input_ids is None else list(input_ids.shape)
+            raise InvalidArgument(f"input_ids: a shape [B, T] is needed, not {shape}", field="input_ids")
+        if past_key_values is not None and not isinstance(past_key_values, MixtureCache):
+            raise InvalidArgument(
+                f"past_key_values: a {type(past_key_values).__name__} is not this model's; give none, or what it gave",
+                field="past_key_values",
+            )
+        T = input_ids.shape[1]
+        columns = torch.arange(T)[-logits_to_keep:] if isinstance(logits_to_keep, int) else logits_to_keep.cpu()
+        rows = input_ids.tolist()
+        mask_BT = None if attention_mask is None else attention_mask[:, -T:].cpu().bool()
+        if mask_BT is not None and bool(mask_BT.all()):
+            mask_BT = None
+        if mask_BT is not None:
+            rows = [
+                [i for i, real in zip(row, m, strict=True) if real]
+                for row, m in zip(rows, mask_BT.tolist(), strict=True)
+            ]
+        self._check(rows, past_key_values)
+        # Which of its new tokens each kept column stands after, [B, C]; -1 before the first.
+        after_BC = columns.expand(len(rows), -1) if mask_BT is None else mask_BT.long().cumsum(-1)[:, columns] - 1
+        if past_key_values is not None or use_cache:
+            logits, past_key_values = self._with_cache(rows, after_BC, past_key_values, T)
+        else:
+            logits = self._without_cache(rows, after_BC)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels.to(logits.device), vocab_size=logits.shape[-1])
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
+
+    def _with_cache(
+        self, rows: list[list[int]], after_BC: torch.Tensor, cache: MixtureCache | None, columns: int
+    ) -> tuple[torch.Tensor, MixtureCache]:
+        cache = MixtureCache() if cache is None else cache
+        # Counted from the last token, of which all rows have one.
+        back_BC = torch.tensor([len(row) for row in rows]).unsqueeze(-1) - 1 - after_BC
+        keep = int(back_BC[after_BC >= 0].max()) + 1 if bool((after_BC >= 0).any()) else 1
+        log_probs_BMV = cache.decoder(self.ensemble, len(rows)).extend(rows, keep)
+        cache.columns += columns
+        if keep == after_BC.shape[1] and bool((back_BC == torch.arange(keep - 1, -1, -1)).all()):
+            return log_probs_BMV, cache
+        flat_NV = log_probs_BMV.flatten(0, 1)
+        at_BC = torch.arange(len(rows)).unsqueeze(-1) * keep + keep - 1 - back_BC
+        return _gathered(flat_NV, at_BC, after_BC), cache
+
+    def _without_cache(self, rows: list[list[int]], after_BC: torch.Tensor) -> torch.Tensor:
+        firsts = [int(after_C.clamp(min=0).min()) for after_C in after_BC]
+        log_probs_NV = position_log_probs(self.ensemble.pool, self.ensemble.context_router, rows, firsts)
+        starts = [0]
+        for row, first in zip(rows, firsts, strict=True):
+            starts.append(starts[-1] + len(row) - first)
+        at_BC = after_BC + (torch.tensor(starts[:-1]) - torch.tensor(firsts)).unsqueeze(-1)
+        if at_BC.numel() == len(log_probs_NV) and bool((at_BC.flatten() == torch.arange(at_BC.numel())).all()):
+            return log_probs_NV.view(*at_BC.shape, -1)
+        return _gathered(log_probs_NV, at_BC, after_BC)
+
+    def _check(self, rows: Sequence[Sequence[int]], cache: MixtureCache | None) -> None:
+        pool = self.ensemble.pool
+        before = cache.lengths if cache is not None else []
+        for place, row in enumerate(rows):
+            if not row:
+                raise InvalidArgument(
+                    f"attention_mask: row {place + 1} has no token; an empty prompt needs at least one",
+                    field="input_ids",
+                )
+            if min(row) < 0 or max(row) >= pool.vocabulary:
+                raise InvalidArgument(f"input_ids: ids are from 0 to {pool.vocabulary - 1}", field="input_ids")
+            length = len(row) + (before[place] if before else 0)
+            if pool.context is not None and length > pool.context:
+                raise InvalidArgument(
+                    f"input_ids: row {place + 1} has {length} tokens, and the experts' context holds {pool.context}",
+                    field="input_ids",
+                )
+
+    # What transformers asks of a model
+
+    def generate(self, inputs: torch.Tensor | None = None, *args: Any, **options: Any) -> Any:
+        """As in `transformers`. Also ends when the longest row fills the experts' context, where they have a limit."""
+        limit = self.ensemble.pool.context
+        if limit is not None:
+            full = _ContextFull(limit, options.get("attention_mask"))
+            options["stopping_criteria"] = [*(options.get("stopping_criteria") or ()), full]
+        return super().generate(inputs, *args, **options)  # type: ignore[misc]  # its self is a protocol
+
+    def _prepare_cache_for_generation(  # type: ignore[override]  # the rest is about caches that have a size
+        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *rest: Any, **options: Any
+    ) -> None:
+        """Ours, unless the caller has given one or wants none."""
+        if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
+            model_kwargs["past_key_values"] = MixtureCache()
+
+    @property
+    def device(self) -> torch.device:
+        return self.ensemble.pool.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.ensemble.pool.dtype
+
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """Of all experts together; none is trainable. Embeddings are counted in any case."""
+        return 0 if only_trainable else self.ensemble.pool.parameters()
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        """What `to`, `cuda`, `half` and the like come down to: moves the experts, those to be loaded included."""
+        probe = fn(torch.empty(0, device=self.device, dtype=self.dtype))
+        if probe.device != self.device or probe.dtype != self.dtype:
+            self.ensemble.pool.move(probe.device, probe.dtype)
+        return super()._apply(fn, recurse)  # type: ignore[no-any-return, no-untyped-call]
+
+    def _init_weights(self, module: torch.nn.Module) -> None:
+        """There are none outside the experts."""
+
+    def _config_files(self) -> dict[str, str]:
+        self.config.architectures = [type(self).__name__]
+        self.config.auto_map = AUTO_MAP
+        files = {"config.json": self.config.to_json_string(use_diff=True)}
+        if self.generation_config is not None:
+            files["generation_config.json"] = self.generation_config.to_json_string(use_diff=True)
+        return files
+
+
+def _gathered(log_probs_NV: torch.Tensor, at_BC: torch.Tensor, after_BC: torch.Tensor) -> torch.Tensor:
+    """Rows `at_BC` of the log-probabilities, [B, C, V]; uniform where no token stands before the column."""
+    device = log_probs_NV.device
+    found_BCV = log_probs_NV[at_BC.clamp(min=0).to(device)]
+    found_BCV[(after_BC < 0).to(device)] = -torch.tensor(float(log_probs_NV.shape[-1])).log()
+    return found_BCV
+
+
+# Would change the result, or is asked for, and there is none. Whatever else generation tools pass along has no effect.
+_REFUSED = ("inputs_embeds", "position_ids", "output_attentions", "output_hidden_states")
+# Options of from_pretrained that do not matter: experts are always loaded so.
+_LOADING = frozenset(
+    "trust_remote_code use_safetensors low_cpu_mem_usage weights_only adapter_kwargs code_revision attn_implementation "
+    "_from_auto offload_folder ignore_mismatched_sizes _commit_hash".split()
+)
+
+
+def _apply(config: CbtmConfig, options: dict[str, Any]) -> None:
+    """Takes config fields out of `options`. Raises InvalidArgument for what is neither one nor of no matter."""
+    for name in list(options):
+        value = options[name]
+        if name in _LOADING or value is None or value == "":
+            del options[name]
+        elif name in CbtmConfig.__dataclass_fields__:
+            setattr(config, name, options.pop(name))
+    left = sorted(set(options) - {"torch_dtype"})
+    if left:
+        raise InvalidArgument(f"{left[0]}: from_pretrained of an ensemble takes no such option", field=left[0])
+
+
+def _device(device_map: str | int | torch.device | Mapping[str, Any] | None) -> str | None:
+    if isinstance(device_map, Mapping):
+        if len(set(device_map.values())) != 1:
+            raise InvalidArgument("device_map: experts are not split; name one device for all", field="device_map")
+        device_map = next(iter(device_map.values()))
+    if device_map is None:
+        return None
+    if device_map == "auto":
+        return "cuda:0" if torch.cuda.is_available() else "cpu"
+    name = f"cuda:{device_map}" if isinstance(device_map, int) else str(device_map)
+    return str(check_device(name))

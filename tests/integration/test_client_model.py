@@ -1,0 +1,450 @@
+"""`CbtmForCausalLM` against brute force, through transformers' own loading and generation."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.support.ensembles import brute_force_log_probs, make_parts, random_texts
+from tests.support.models import EOS_TOKEN_ID, Architecture
+
+pytestmark = pytest.mark.integration
+
+TOP_K = [1, 2, 4]
+CONTEXT = 64
+
+
+def save_ensemble(root: Path, architecture: Architecture) -> Path:
+    from cbtm._ensemble import Ensemble
+    from cbtm._residency import Placement
+
+    parts = make_parts(root, experts=4, architecture=architecture, context=CONTEXT)
+    Ensemble._of(parts, Placement(), top_k=2, temperature=None).save(root / "saved")
+    return root / "saved"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_ensemble(tmp_path_factory.mktemp("llama"), "llama")
+
+
+def load(folder: Path, **options: Any) -> Any:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    import cbtm  # noqa: F401
+
+    torch.set_num_threads(1)
+    return AutoModelForCausalLM.from_pretrained(folder, **options)
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> Any:
+    return load(folder)
+
+
+@pytest.fixture
+def any_k(model: Any) -> Any:
+    def chosen(top_k: int) -> Any:
+        model.set_routing(top_k=top_k)
+        return model
+
+    yield chosen
+    model.set_routing(top_k=2)
+
+
+def prompts_of(model: Any, count: int, *, seed: int, words: tuple[int, int] = (1, 6)) -> list[list[int]]:
+    return [[EOS_TOKEN_ID, *model.ensemble.encode(text)] for text in random_texts(count, seed=seed, words=words)]
+
+
+def padded(rows: list[list[int]], side: str, filler: int = EOS_TOKEN_ID) -> dict[str, Any]:
+    import torch
+
+    width = max(map(len, rows))
+    blanks = [width - len(row) for row in rows]
+    if side == "left":
+        ids = [[filler] * n + row for row, n in zip(rows, blanks, strict=True)]
+        mask = [[0] * n + [1] * len(row) for row, n in zip(rows, blanks, strict=True)]
+    else:
+        ids = [row + [filler] * n for row, n in zip(rows, blanks, strict=True)]
+        mask = [[1] * len(row) + [0] * n for row, n in zip(rows, blanks, strict=True)]
+    return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
+
+
+def brute_greedy(model: Any, ids: list[int], *, top_k: int, tokens: int) -> list[int]:
+    added: list[int] = []
+    while len(added) < tokens and len(ids) + len(added) < CONTEXT:
+        added.append(int(brute_force_log_probs(model.ensemble, [*ids, *added], top_k=top_k).argmax()))
+        if added[-1] == EOS_TOKEN_ID:
+            break
+    return added
+
+
+def new_tokens(output: Any, width: int) -> list[list[int]]:
+    """Without what follows the first end-of-text token."""
+    rows = output[:, width:].tolist()
+    return [row[: row.index(EOS_TOKEN_ID) + 1] if EOS_TOKEN_ID in row else row for row in rows]
+
+
+class TestForward:
+    @pytest.mark.parametrize("top_k", TOP_K)
+    @pytest.mark.parametrize("side", ["left", "right"])
+    def test_padding_on_either_side_leaves_every_token_its_log_probabilities(
+        self, any_k: Any, top_k: int, side: str
+    ) -> None:
+        model = any_k(top_k)
+        rows = prompts_of(model, 4, seed=3)
+        batch = padded(rows, side)
+        width = batch["input_ids"].shape[1]
+        for options in ({}, {"use_cache": True}):
+            logits = model(**batch, **options).logits
+            assert logits.shape == (4, width, 300)
+            np.testing.assert_allclose(logits.exp().sum(-1).numpy(), 1.0, atol=1e-5)
+            for b, row in enumerate(rows):
+                expected = model.ensemble.log_probs([row])[0].numpy()
+                at = slice(width - len(row), None) if side == "left" else slice(None, len(row))
+                np.testing.assert_allclose(logits[b, at].numpy(), expected, atol=1e-5)
+                np.testing.assert_allclose(
+                    expected[-1], brute_force_log_probs(model.ensemble, row, top_k=top_k), atol=1e-5
+                )
+
+    def test_right_padding_without_a_mask_changes_nothing_before_it(self, model: Any) -> None:
+        rows = prompts_of(model, 3, seed=4)
+        found = model(padded(rows, "right")["input_ids"]).logits
+        for b, row in enumerate(rows):
+            np.testing.assert_allclose(
+                found[b, : len(row)].numpy(), model.ensemble.log_probs([row])[0].numpy(), atol=1e-5
+            )
+
+    def test_padding_anywhere_repeats_what_stands_after_the_token_before_it(self, model: Any) -> None:
+        import torch
+
+        row = prompts_of(model, 1, seed=5, words=(4, 6))[0]
+        spread = torch.tensor([[7, *row[:2], 9, 9, *row[2:], 8]])
+        mask = torch.tensor([[0, 1, 1, 0, 0, *[1] * (len(row) - 2), 0]])
+        expected = model.ensemble.log_probs([row])[0]
+        for options in ({}, {"use_cache": True}):
+            found = model(spread, mask, **options).logits[0]
+            np.testing.assert_allclose(found[0].exp().numpy(), 1 / 300, rtol=1e-5)
+            np.testing.assert_allclose(found[2:5].numpy(), expected[1].expand(3, -1).numpy(), atol=1e-5)
+            np.testing.assert_allclose(found[5:-1].numpy(), expected[2:].numpy(), atol=1e-5)
+            np.testing.assert_allclose(found[-1].numpy(), expected[-1].numpy(), atol=1e-5)
+
+    def test_logits_to_keep_takes_columns_from_the_end_or_by_place(self, model: Any) -> None:
+        import torch
+
+        batch = padded(prompts_of(model, 3, seed=6), "left")
+        whole = model(**batch).logits
+        for keep in (1, 3, torch.tensor([0, 2])):
+            expected = whole[:, -keep:] if isinstance(keep, int) else whole[:, keep]
+            for options in ({}, {"use_cache": True}):
+                found = model(**batch, logits_to_keep=keep, **options).logits
+                np.testing.assert_allclose(found.numpy(), expected.numpy(), atol=1e-5)
+
+    @pytest.mark.parametrize("top_k", TOP_K)
+    def test_reading_with_a_cache_in_pieces_of_any_length_gives_the_same(self, any_k: Any, top_k: int) -> None:
+        import torch
+
+        model = any_k(top_k)
+        rng = np.random.default_rng(7)
+        ids = torch.tensor(rng.integers(1, 300, size=(3, 40)))
+        whole = model(ids).logits
+        cache, at = None, 0
+        for width in (1, 7, 1, 2, 12, 1, 16):
+            out = model(ids[:, at : at + width], past_key_values=cache, use_cache=True)
+            np.testing.assert_allclose(out.logits.numpy(), whole[:, at : at + width].numpy(), atol=2e-5)
+            cache, at = out.past_key_values, at + width
+            assert cache.get_seq_length() == at
+
+    def test_labels_give_the_mean_negative_log_probability(self, model: Any) -> None:
+        batch = padded(prompts_of(model, 3, seed=8), "right")
+        labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+        out = model(**batch, labels=labels)
+        log_probs = [
+            float(out.logits[b, t, int(labels[b, t + 1])])
+            for b in range(3)
+            for t in range(labels.shape[1] - 1)
+            if labels[b, t + 1] != -100
+        ]
+        assert float(out.loss) == pytest.approx(-np.mean(log_probs), rel=1e-5)
+
+
+class TestGenerate:
+    @pytest.mark.parametrize("top_k", TOP_K)
+    def test_greedy_in_a_left_padded_batch_equals_brute_force_of_each_row(self, any_k: Any, top_k: int) -> None:
+        model = any_k(top_k)
+        rows = prompts_of(model, 12, seed=11, words=(1, 4))
+        batch = padded(rows, "left")
+        output = model.generate(**batch, max_new_tokens=8, do_sample=False, pad_token_id=EOS_TOKEN_ID)
+        width = batch["input_ids"].shape[1]
+        assert output[:, :width].tolist() == batch["input_ids"].tolist()
+        for row, found in zip(rows, new_tokens(output, width), strict=True):
+            assert found == brute_greedy(model, row, top_k=top_k, tokens=8)
+
+    def test_greedy_equals_the_ensembles_own_generation(self, model: Any) -> None:
+        for text in random_texts(4, seed=12):
+            ids = [EOS_TOKEN_ID, *model.ensemble.encode(text)]
+            output = model.generate(**padded([ids], "left"), max_new_tokens=20, pad_token_id=EOS_TOKEN_ID)
+            found = [i for i in new_tokens(output, len(ids))[0] if i != EOS_TOKEN_ID]
+            assert found == list(model.ensemble.generate(text, max_new_tokens=20).token_ids)
+
+    def test_without_a_cache_the_text_is_the_same(self, model: Any) -> None:
+        batch = padded(prompts_of(model, 3, seed=13), "left")
+        options = {"max_new_tokens": 10, "pad_token_id": EOS_TOKEN_ID}
+        assert (
+            model.generate(**batch, **options).tolist() == model.generate(**batch, **options, use_cache=False).tolist()
+        )
+
+    @pytest.mark.parametrize("top_k", [1, 2])
+    def test_beam_search_equals_beam_search_without_a_cache_and_scores_what_it_finds(
+        self, any_k: Any, top_k: int
+    ) -> None:
+        model = any_k(top_k)
+        rows = prompts_of(model, 3, seed=17)
+        batch = padded(rows, "left")
+        options: dict[str, Any] = {
+            "max_new_tokens": 10,
+            "num_beams": 3,
+            "num_return_sequences": 2,
+            "length_penalty": 0.0,
+            "pad_token_id": EOS_TOKEN_ID,
+            "output_scores": True,
+            "return_dict_in_generate": True,
+        }
+        found, plain = model.generate(**batch, **options), model.generate(**batch, **options, use_cache=False)
+        assert found.sequences.tolist() == plain.sequences.tolist()
+        for n, added in enumerate(new_tokens(found.sequences, batch["input_ids"].shape[1])):
+            ids = rows[n // 2]
+            log_probs = model.ensemble.log_probs([[*ids, *added]])[0]
+            total = sum(float(log_probs[len(ids) - 1 + i, token]) for i, token in enumerate(added))
+            assert float(found.sequences_scores[n]) == pytest.approx(total, abs=1e-4)
+
+    def test_sampling_repeats_with_its_seed(self, model: Any) -> None:
+        import torch
+
+        batch = padded(prompts_of(model, 2, seed=19), "left")
+        draws = []
+        for seed in (3, 3, 4):
+            torch.manual_seed(seed)
+            draws.append(
+                model.generate(
+                    **batch, do_sample=True, top_p=0.9, temperature=0.8, max_new_tokens=12, num_return_sequences=3
+                ).tolist()
+            )
+        assert draws[0] == draws[1] != draws[2]
+
+    def test_a_streamer_and_stop_strings_and_criteria_are_heeded(self, model: Any) -> None:
+        from transformers import StoppingCriteria
+        from transformers.generation.streamers import BaseStreamer
+
+        class Collect(BaseStreamer):
+            def __init__(self) -> None:
+                self.pieces: list[list[int]] = []
+                self.ended = False
+
+            def put(self, value: Any) -> None:
+                self.pieces.append(value.reshape(-1).tolist())
+
+            def end(self) -> None:
+                self.ended = True
+
+        class AfterThree(StoppingCriteria):
+            def __call__(self, input_ids: Any, scores: Any, **options: Any) -> Any:
+                import torch
+
+                return torch.full((len(input_ids),), input_ids.shape[1] >= width + 3)
+
+        batch = padded(prompts_of(model, 1, seed=23), "left")
+        width = batch["input_ids"].shape[1]
+        streamer = Collect()
+        plain = model.generate(**batch, max_new_tokens=12, streamer=streamer, pad_token_id=EOS_TOKEN_ID)
+        assert streamer.ended
+        assert [i for piece in streamer.pieces for i in piece] == plain[0].tolist()
+        short = model.generate(**batch, max_new_tokens=12, stopping_criteria=[AfterThree()], pad_token_id=EOS_TOKEN_ID)
+        assert short.tolist() == plain[:, : width + 3].tolist()
+        tokenizer = model.ensemble.tokenizer
+        texts = [tokenizer.decode([i]) for i in plain[0, width:].tolist()]
+        place = next(n for n, text in enumerate(texts) if n > 1 and text.strip() and text.isascii())
+        stopped = model.generate(
+            **batch, max_new_tokens=12, stop_strings=[texts[place]], tokenizer=tokenizer, pad_token_id=EOS_TOKEN_ID
+        )
+        assert stopped.shape[1] <= width + place + 1
+        assert tokenizer.decode(stopped[0, width:]).endswith(texts[place])
+
+    def test_generation_goes_on_from_the_cache_that_it_returned(self, model: Any) -> None:
+        import torch
+
+        batch = padded(prompts_of(model, 1, seed=29), "left")
+        options = {"pad_token_id": EOS_TOKEN_ID, "eos_token_id": None}
+        whole = model.generate(**batch, max_new_tokens=12, **options)
+        first = model.generate(**batch, max_new_tokens=5, return_dict_in_generate=True, **options)
+        rest = model.generate(
+            first.sequences,
+            attention_mask=torch.ones_like(first.sequences),
+            past_key_values=first.past_key_values,
+            max_new_tokens=7,
+            **options,
+        )
+        assert rest.tolist() == whole.tolist()
+
+    def test_prompt_lookup_which_takes_tokens_back_gives_the_same(self, model: Any) -> None:
+        ids = prompts_of(model, 1, seed=31, words=(3, 4))[0][:16]
+        batch = padded([ids + ids[1:]], "left")
+        options = {"max_new_tokens": 16, "pad_token_id": EOS_TOKEN_ID}
+        found = model.generate(**batch, **options, prompt_lookup_num_tokens=3)
+        assert found.tolist() == model.generate(**batch, **options).tolist()
+
+    def test_it_ends_when_the_longest_row_fills_the_context(self, model: Any) -> None:
+        rows = prompts_of(model, 2, seed=37)
+        output = model.generate(
+            **padded(rows, "left"), max_new_tokens=200, pad_token_id=EOS_TOKEN_ID, eos_token_id=None
+        )
+        assert output.shape[1] == CONTEXT
+
+    def test_routing_once_on_the_prompt(self, model: Any) -> None:
+        ids = prompts_of(model, 1, seed=41)[0]
+        weights = model.ensemble.context_router.positions([*ids, 0], len(ids))[0]
+        batch = padded([ids], "left")
+        options = {"max_new_tokens": 8, "pad_token_id": EOS_TOKEN_ID}
+        model.set_routing(policy="prompt")
+        found = model.generate(**batch, **options)
+        model.set_routing(policy="fixed", weights=weights.tolist())
+        fixed = model.generate(**batch, **options)
+        model.set_routing(policy="prefix")
+        assert found.tolist() == fixed.tolist()
+
+
+def test_positions_that_are_learned_are_counted_from_each_rows_first_token(tmp_path: Path) -> None:
+    model = load(save_ensemble(tmp_path, "gpt2"))
+    rows = prompts_of(model, 4, seed=42)
+    batch = padded(rows, "left")
+    width = batch["input_ids"].shape[1]
+    for options in ({}, {"use_cache": True}):
+        logits = model(**batch, **options).logits
+        for b, row in enumerate(rows):
+            expected = model.ensemble.log_probs([row])[0].numpy()
+            np.testing.assert_allclose(logits[b, width - len(row) :].numpy(), expected, atol=1e-5)
+    output = model.generate(**batch, max_new_tokens=8, pad_token_id=EOS_TOKEN_ID)
+    for row, found in zip(rows, new_tokens(output, width), strict=True):
+        assert found == brute_greedy(model, row, top_k=2, tokens=8)
+
+
+class TestLoading:
+    def test_saved_and_loaded_it_is_the_same_and_each_expert_loads_alone(self, folder: Path, tmp_path: Path) -> None:
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        model = load(folder, num_experts_per_tok=3, routing_temperature=0.7)
+        model.generation_config.max_new_tokens = 5
+        model.save_pretrained(tmp_path / "again")
+        again = load(tmp_path / "again")
+        assert again.config.num_experts_per_tok == 3
+        assert again.config.routing_temperature == 0.7
+        assert again.generation_config.max_new_tokens == 5
+        ids = torch.tensor(prompts_of(model, 1, seed=43))
+        assert torch.equal(again(ids).logits, model(ids).logits)
+        assert AutoTokenizer.from_pretrained(tmp_path / "again").get_vocab() == model.ensemble.tokenizer.get_vocab()
+        for index in range(4):
+            alone = AutoModelForCausalLM.from_pretrained(tmp_path / f"again/experts/{index:04d}")
+            expected = model.ensemble.pool.get(index)(ids).logits
+            assert torch.equal(alone(ids).logits, expected)
+        again.save_pretrained(tmp_path / "again")
+        assert torch.equal(load(tmp_path / "again")(ids).logits, model(ids).logits)
+
+    def test_a_budget_of_one_expert_changes_nothing(self, folder: Path, model: Any) -> None:
+        batch = padded(prompts_of(model, 3, seed=47), "left")
+        tight = load(folder, max_experts=1)
+        options = {"max_new_tokens": 10, "num_beams": 2, "pad_token_id": EOS_TOKEN_ID}
+        assert tight.generate(**batch, **options).tolist() == model.generate(**batch, **options).tolist()
+        np.testing.assert_allclose(tight(**batch).logits.numpy(), model(**batch).logits.numpy(), atol=1e-6)
+        assert len(tight.ensemble.pool.resident) == 1
+
+    def test_dtype_and_device_apply_to_every_expert(self, folder: Path) -> None:
+        import torch
+
+        model = load(folder, dtype="bfloat16", device_map={"": "cpu"})
+        assert model.dtype == torch.bfloat16
+        assert model.device.type == "cpu"
+        assert model.ensemble.pool.get(0).dtype == torch.bfloat16
+        model.float()
+        assert model.ensemble.pool.get(0).dtype == model.ensemble.pool.get(1).dtype == model.dtype == torch.float32
+        assert model.num_parameters() == sum(model.ensemble.pool.get(i).num_parameters() for i in range(4))
+
+    def test_an_open_ensemble_is_shared(self, folder: Path, model: Any) -> None:
+        import torch
+
+        from cbtm import CbtmForCausalLM, Ensemble
+
+        with Ensemble.load(folder) as ensemble:
+            shared = CbtmForCausalLM.from_ensemble(ensemble)
+            ids = torch.tensor(prompts_of(model, 1, seed=53))
+            assert torch.equal(shared(ids).logits, model(ids).logits)
+            assert shared.ensemble.pool is ensemble.pool
+
+    @pytest.mark.parametrize(
+        "code",
+        [
+            "import cbtm; from transformers import AutoConfig, AutoModelForCausalLM; trust = False",
+            "from transformers import AutoConfig, AutoModelForCausalLM; import cbtm; trust = None",
+            "import transformers, cbtm; from transformers import AutoConfig, AutoModelForCausalLM; trust = None",
+            "from transformers import AutoConfig, AutoModelForCausalLM; trust = True",
+        ],
+    )
+    def test_the_auto_classes_know_it_in_a_fresh_process(self, folder: Path, tmp_path: Path, code: str) -> None:
+        code += f"""
+config = AutoConfig.from_pretrained({str(folder)!r}, trust_remote_code=trust)
+assert config.model_type == "cbtm" and config.num_experts == 4, config
+model = AutoModelForCausalLM.from_pretrained({str(folder)!r}, trust_remote_code=trust, num_experts_per_tok=1)
+import cbtm, torch
+assert type(model) is cbtm.CbtmForCausalLM and model.ensemble.routing.top_k == 1
+assert model.generate(torch.tensor([[0, 5, 6]]), max_new_tokens=2, pad_token_id=0).shape[0] == 1
+"""
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
+        subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, env=environment)
+
+
+class TestMistakes:
+    def test_in_what_is_read(self, model: Any) -> None:
+        import torch
+        from transformers import DynamicCache
+
+        from cbtm import InvalidArgument
+
+        ids = torch.tensor([[0, 5, 6], [0, 7, 8]])
+        with pytest.raises(InvalidArgument, match="row 2 has no token; an empty prompt"):
+            model(ids, torch.tensor([[1, 1, 1], [0, 0, 0]]))
+        with pytest.raises(InvalidArgument, match="input_ids: a shape"):
+            model(ids[:, :0])
+        with pytest.raises(InvalidArgument, match="ids are from 0 to 299"):
+            model(torch.tensor([[300]]))
+        with pytest.raises(InvalidArgument, match="row 1 has 65 tokens, and the experts' context holds 64"):
+            model.generate(torch.ones((1, 65), dtype=torch.long), max_new_tokens=2, pad_token_id=0)
+        with pytest.raises(InvalidArgument, match="output_attentions: an ensemble has no such"):
+            model(ids, output_attentions=True)
+        with pytest.raises(InvalidArgument, match="past_key_values: a DynamicCache is not this model's"):
+            model(ids, past_key_values=DynamicCache())
+
+    def test_in_how_it_is_loaded(self, folder: Path, tmp_path: Path) -> None:
+        from cbtm import AlreadyExists, CbtmConfig, CbtmForCausalLM, InvalidArgument, NotFound
+
+        with pytest.raises(InvalidArgument, match="top_k: 5 is not between 1 and 4"):
+            load(folder, num_experts_per_tok=5)
+        with pytest.raises(InvalidArgument, match="device: 'cuda:9'"):
+            load(folder, device_map="cuda:9")
+        with pytest.raises(InvalidArgument, match="device_map: experts are not split"):
+            load(folder, device_map={"a": "cpu", "b": "cuda:0"})
+        with pytest.raises(InvalidArgument, match="load_in_4bit: from_pretrained of an ensemble takes no such option"):
+            CbtmForCausalLM.from_pretrained(folder, load_in_4bit=True)
+        with pytest.raises(InvalidArgument, match="a config has no experts"):
+            CbtmForCausalLM(CbtmConfig())
+        with pytest.raises(NotFound, match="no repository"):
+            CbtmForCausalLM.from_pretrained(str(tmp_path / "nowhere"))
+        (tmp_path / "notes.txt").write_text("mine")
+        with pytest.raises(AlreadyExists):
+            load(folder).save_pretrained(tmp_path)

@@ -1,0 +1,186 @@
+"""`cbtm-coord run create`: from a corpus to an open run, and what is said and left behind when it cannot be made."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cbtm_api.v1 import admin_service_pb2 as ad
+from cbtm_api.v1 import catalog_service_pb2 as cs
+from cbtm_api.v1 import resources_pb2 as pb
+from cbtm_common.routing import load_router
+from cbtm_common.shards import read_shard
+from tests.support.run_fixture import MODEL, RECIPE, Site, template, write_corpus
+from tests.support.zygote import Child
+
+pytestmark = pytest.mark.integration
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    """One coordinator for all; each test makes runs of its own names."""
+    folder = tmp_path_factory.mktemp("create")
+    shutil.copytree(template(), folder / "coordinator")
+    (folder / "recipe.toml").write_text(RECIPE)
+    (folder / "model.json").write_text(json.dumps(MODEL))
+    write_corpus(folder / "corpus.jsonl")
+    with Site(folder) as made:
+        made.start_coordinator()
+        yield made
+
+
+def create(here: Site, name: str, *more: str, corpus: Path | None = None, clusters: int = 2, **changed: Path) -> Child:
+    """`run create`, with its id field and tiny model."""
+    recipe, model = (changed.get(n, here.folder / f"{n}.{e}") for n, e in (("recipe", "toml"), ("model", "json")))
+    options = ["run", "create", "--data-dir", str(here.data), "--name", name, "--clusters", str(clusters)]
+    options += ["--corpus", str(corpus or here.folder / "corpus.jsonl"), "--recipe", str(recipe)]
+    return here.coord(*options, "--from-scratch", str(model), *more)
+
+
+def runs(here: Site) -> dict[str, pb.Run]:
+    return {run.name: run for run in here.connection.catalog.ListRuns(cs.ListRunsRequest()).runs}
+
+
+def test_a_run_that_was_made_is_open_and_all_its_files_are_there(here: Site) -> None:
+    made = create(here, "whole", "--id-field", "id", clusters=3)
+    assert made.wait(120) == 0, made.output
+    assert "whole is open to workers" in made.output
+    run = runs(here)["whole"]
+    assert run.state == pb.RUN_STATE_TRAINING
+    clusters = here.connection.catalog.ListClusters(cs.ListClustersRequest(run="whole")).clusters
+    assert [c.index for c in clusters] == [0, 1, 2]
+    assert sum(c.documents for c in clusters) == 120
+    assert all(c.top_terms and c.example_documents for c in clusters)
+    shards = here.connection.catalog.ListShards(cs.ListShardsRequest(run="whole")).shards
+    for shard in shards:
+        opened = read_shard(here.data / "objects" / "objects" / shard.file.key)
+        assert (len(opened.tokens), len(opened.document_offsets)) == (shard.tokens, shard.documents)
+    assert sum(s.documents for s in shards) == 120
+    splits = {(s.cluster_id, s.split) for s in shards}
+    assert len(splits) == 6, "each cluster has something to train and to judge on"
+    files = here.connection.catalog.GetRunFiles(cs.GetRunFilesRequest(run="whole"))
+    clustering = (here.data / "objects" / "objects" / files.clustering_files[0].key).parent
+    assert load_router(clustering).cluster_ids == tuple(c.id for c in clusters)
+
+
+def test_the_same_corpus_made_again_is_stored_in_the_same_bytes(here: Site) -> None:
+    shas = []
+    for name in ("once", "twice"):
+        made = create(here, name, "--id-field", "id")
+        assert made.wait(120) == 0, made.output
+        shards = here.connection.catalog.ListShards(cs.ListShardsRequest(run=name)).shards
+        files = here.connection.catalog.GetRunFiles(cs.GetRunFilesRequest(run=name))
+        shas.append(sorted(s.file.sha256 for s in shards) + sorted(f.sha256 for f in files.base_model_files))
+    assert shas[0] == shas[1]
+
+
+def test_one_cluster_is_a_run_too_and_a_baseline_stands_beside_it(here: Site) -> None:
+    made = create(here, "single", "--baseline", clusters=1)
+    assert made.wait(120) == 0, made.output
+    assert runs(here)["single-dense"].state == pb.RUN_STATE_TRAINING
+    status = here.connection.admin.GetRunStatus(ad.GetRunStatusRequest(run="single"))
+    assert len(status.tasks) == 1
+
+
+def test_bad_lines_are_counted_and_shown_and_the_rest_is_used(here: Site, tmp_path: Path) -> None:
+    corpus = tmp_path / "some-bad.jsonl"
+    shutil.copy(here.folder / "corpus.jsonl", corpus)
+    with corpus.open("a") as file:
+        file.write("nonsense\n" * 3)
+    made = create(here, "some-bad", corpus=corpus)
+    assert made.wait(120) == 0, made.output
+    assert "3 bad line(s) are left out" in made.output
+    report = here.connection.catalog.GetRunFiles(cs.GetRunFilesRequest(run="some-bad")).report_files
+    said = json.loads((here.data / "objects" / "objects" / report[0].key).read_text())
+    assert (said["documents"], said["bad_lines"]) == (120, 3)
+    assert "121" in said["bad_line_samples"][0]["where"]
+
+
+@pytest.mark.parametrize(
+    ("more", "changes", "message"),
+    [
+        ((), {"clusters": 0}, "clusters"),
+        ((), {"clusters": 500}, "clusters"),
+        (("--sample", "1"), {}, "sample"),
+        (("--text-field", "body"), {}, "text-field: no document has a field 'body'"),
+        (("--id-field", "key"), {}, "id-field: no document has a field 'key'"),
+        ((), {"corpus": Path("/nowhere/at/all.jsonl")}, "corpus: nothing readable"),
+        ((), {"recipe": Path("/nowhere/recipe.toml")}, "recipe: there is no file"),
+        ((), {"model": Path("/nowhere/model.json")}, "from-scratch: there is no file"),
+        (("--seed-model", "x"), {}, "seed-model"),
+        (("--tokenizer", "/nowhere/tokenizer"), {}, "tokenizer"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_made_is_refused_in_one_line_and_leaves_no_run(
+    here: Site,
+    more: tuple[str, ...],
+    changes: dict[str, Path | int],
+    message: str,
+) -> None:
+    before = set(runs(here))
+    made = create(here, "impossible", *more, **changes)  # type: ignore[arg-type]
+    assert made.wait(120) in (1, 2)
+    last = made.output.rstrip().rsplit("cbtm-coord: error: ", 1)[-1]
+    assert message in last, made.output
+    assert "Traceback" not in made.output
+    assert set(runs(here)) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("recipe", "sequence_length = 4096\n", "sequence_length"),
+        ("recipe", "steps = 0\n", "steps"),
+        ("recipe", "no = toml = at all", "is not TOML"),
+        ("model", "{}", "model_type"),
+        ("model", '{"model_type": "none-such"}', "from-scratch"),
+    ],
+)
+def test_a_recipe_or_model_that_does_not_fit_is_named(
+    here: Site, tmp_path: Path, name: str, change: str, message: str
+) -> None:
+    path = tmp_path / "changed"
+    path.write_text(change)
+    made = create(here, "impossible", **{name: path})
+    assert made.wait(120) in (1, 2)
+    assert message in made.output
+    assert "Traceback" not in made.output
+    assert "impossible" not in runs(here)
+
+
+def test_clusters_with_too_little_text_are_refused_and_nothing_is_left(here: Site, tmp_path: Path) -> None:
+    corpus = tmp_path / "short.jsonl"
+    corpus.write_text("".join(json.dumps({"text": f"word{i} ship sea"}) + "\n" for i in range(12)))
+    made = create(here, "short", corpus=corpus, clusters=4)
+    assert made.wait(120) == 2, made.output
+    assert "use fewer clusters" in made.output
+    assert "short" not in runs(here)
+    stored = [p for p in (here.data / "objects" / "objects").rglob("*") if p.is_file() and "runs/" in str(p)]
+    known = {run.id for run in runs(here).values()}
+    assert {p.relative_to(here.data / "objects" / "objects").parts[1] for p in stored} <= known
+
+
+def test_a_name_that_is_taken_is_refused_and_the_run_is_left_alone(here: Site) -> None:
+    made = create(here, "small")
+    assert made.wait(120) in (1, 2)
+    assert "small" in made.output
+    assert runs(here)["small"].state == pb.RUN_STATE_TRAINING
+
+
+def test_ctrl_c_leaves_no_half_made_run(here: Site) -> None:
+    before = set(runs(here))
+    made = create(here, "interrupted")
+    here.until(lambda: "interrupted" in runs(here) or made.poll() is not None, "the draft")
+    made.send(signal.SIGINT)
+    code = made.wait(60)
+    if code == 0:
+        assert "is open to workers" in made.output
+        return
+    assert code == 130, made.output
+    assert set(runs(here)) == before
