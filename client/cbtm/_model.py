@@ -73,8 +73,10 @@ class MixtureCache(Cache):
         self.reorder_cache(torch.arange(len(self.lengths)).repeat_interleave(repeats))
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Takes so many tokens off the end of every row; the sign is of no matter (transformers gives it negative)."""
-        tokens = abs(int(tokens_to_remove))
+        """Takes `-tokens_to_remove` tokens off the end of every row, as transformers' caches do."""
+        tokens = -int(tokens_to_remove)
+        if tokens < 0:
+            raise InvalidArgument(f"tokens_to_remove: {-tokens} is above 0", field="tokens_to_remove")
         if tokens > 0 and self._decoder is not None:
             self._decoder.crop(tokens)
             self.columns -= tokens

@@ -29,6 +29,8 @@ Float64 = npt.NDArray[np.float64]
 # Bytes of float32 logits of one batch: what bounds memory in scoring.
 _LOGIT_BYTES = 192 << 20
 _MAX_ROWS = 64
+# Jobs of one batch are at least this part of its longest.
+_ALIKE = 0.75
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,12 +169,16 @@ def _run(
 
 
 def _batches(jobs: Sequence[_Job], vocabulary: int) -> Iterator[list[_Job]]:
-    """Cuts jobs, longest first, so that the logits of a batch stay within bounds (one row always passes)."""
+    """Cuts jobs, longest first, so that the logits of a batch stay within bounds (one row always passes).
+
+    A job much shorter than the longest starts a batch of its own: padding would cost more than another pass.
+    """
     batch: list[_Job] = []
     for job in jobs:
         rows = len(batch) + 1
         longest = batch[0].length if batch else job.length
-        if batch and (rows > _MAX_ROWS or rows * longest * vocabulary * 4 > _LOGIT_BYTES):
+        too_large = rows > _MAX_ROWS or rows * longest * vocabulary * 4 > _LOGIT_BYTES
+        if batch and (too_large or job.length < _ALIKE * longest):
             yield batch
             batch = []
         batch.append(job)

@@ -101,6 +101,7 @@ def load_config(**flags: Any) -> CoordinatorConfig:
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"])
-        raise InvalidArgument(f"{field}: {first['msg']} (flag, CBTM_{field.upper()} or {CONFIG_NAME})") from error
+        sources = f"flag, CBTM_{field.upper()} or {CONFIG_NAME}"
+        raise InvalidArgument(f"{field}: {first['msg']} ({sources})", field=field) from error
     except tomllib.TOMLDecodeError as error:
         raise InvalidArgument(f"{CONFIG_NAME}: {error}", field=CONFIG_NAME) from error

@@ -84,10 +84,10 @@ def secrets(coordinator: RunningCoordinator, admin: Connection, worker: RawWorke
 
 def _call(target: str, method: str, authorization: str | None) -> CbtmError | None:
     """The error of an empty request to `method`, by a channel that knows nothing of our stubs."""
-    metadata = [("authorization", authorization)] if authorization is not None else []
+    metadata = (("authorization", authorization),) if authorization is not None else ()
     with grpc.insecure_channel(target) as channel:
         try:
-            channel.unary_unary(method)(b"", metadata=metadata, timeout=20)
+            channel.unary_unary(method, bytes, bytes)(b"", metadata=metadata, timeout=20)
         except grpc.RpcError as error:
             return error_of(error)
     return None

@@ -373,16 +373,20 @@ def test_a_revoked_worker_is_shown_the_door_with_the_reason(
     assert lease.task_id in taken
 
 
-def test_a_task_in_work_shows_in_the_status_even_with_a_loss_that_is_no_number(
-    coordinator: RunningCoordinator, run: pb.Run, worker: RawWorker
+@pytest.mark.parametrize("speed", [float("nan"), float("inf"), -1.0, 1e-320])
+def test_a_worker_that_reports_rubbish_breaks_no_status(
+    coordinator: RunningCoordinator, admin: Connection, run: pb.Run, worker: RawWorker, speed: float
 ) -> None:
     lease = worker.lease()
-    progress = pb.Progress(step=3, loss=float("nan"), tokens_per_second=2.0)
+    progress = pb.Progress(step=3, loss=float("nan"), tokens_per_second=speed, phase="nul\0 \x1b[31m")
     worker.calls.RenewLease(ws.RenewLeaseRequest(lease_id=lease.id, epoch=lease.epoch, progress=progress))
+    assert not _status(admin, run).HasField("estimated_remaining")
     shown = coordinator.coord("status", "web", "--json")
     assert shown.returncode == 0, shown.stderr
 
     def refuse(constant: str) -> None:
         raise AssertionError(f"{constant} is not JSON")
 
-    assert json.loads(shown.stdout, parse_constant=refuse)
+    (task,) = [t for t in json.loads(shown.stdout, parse_constant=refuse)["tasks"] if t["worker"]]
+    assert task["loss"] is None
+    assert task["phase"] == "nul   [31m"

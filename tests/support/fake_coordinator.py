@@ -1,8 +1,9 @@
 """Stands in for the coordinator and its store where a test wants to say what they answer, and when.
 
 `FakeSession` has the methods of `cbtm_worker.session.Session`, `FakeTransfer` that of `cbtm_common.transfer.Transfer`
-which the worker's parts call. What a test queues in `answers` comes back, an exception by being raised; with nothing
-queued, all goes well. Thread-safe as far as the worker needs it.
+which the worker's parts call, and `FakeConnection` those of `cbtm_common.rpc.Connection` on which a Session rests.
+What a test queues in `answers` comes back, an exception by being raised; with nothing queued, all goes well.
+Thread-safe as far as the worker needs it.
 """
 
 from __future__ import annotations
@@ -107,3 +108,40 @@ class FakeTransfer:
         if on_bytes is not None:
             on_bytes(source.stat().st_size)
         self.sent.append(upload.file.path)
+
+
+class FakeConnection:
+    """A coordinator that lets everybody join and has no work; its calls by name, requests as they came."""
+
+    target = "fake:1"
+    http_base = "http://fake:2"
+
+    def __init__(self) -> None:
+        self.credential: str | None = None
+        self.answers: dict[str, deque[Any]] = defaultdict(deque)
+        self.calls: list[tuple[str, Any]] = []
+        self.worker = self
+
+    def requests(self, method: str) -> list[Any]:
+        return [request for name, request in self.calls if name == method]
+
+    def _answer(self, method: str, request: Any, default: Any) -> Any:
+        self.calls.append((method, request))
+        queued = self.answers[method].popleft() if self.answers[method] else default
+        if isinstance(queued, BaseException):
+            raise queued
+        return queued
+
+    def Register(self, request: ws.RegisterRequest) -> Any:
+        number = len(self.requests("Register")) + 1
+        made = ws.RegisterResponse(worker=pb.Worker(id=f"worker_{number}"), credential=f"credential {number}")
+        return self._answer("Register", request, made)
+
+    def AcquireLease(self, request: ws.AcquireLeaseRequest) -> Any:
+        return self._answer("AcquireLease", request, ws.AcquireLeaseResponse(idle=True, reason="there is no work left"))
+
+    def RenewLease(self, request: ws.RenewLeaseRequest, timeout: float | None = None) -> Any:
+        return self._answer("RenewLease", request, ws.RenewLeaseResponse(directive=ws.DIRECTIVE_CONTINUE))
+
+    def ReleaseLease(self, request: ws.ReleaseLeaseRequest) -> Any:
+        return self._answer("ReleaseLease", request, ws.ReleaseLeaseResponse())

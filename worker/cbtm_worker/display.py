@@ -106,6 +106,12 @@ class Display:
         else:
             self.say(view.line())
 
+    def rest(self) -> None:
+        """No task is in hand: the line goes."""
+        live = self._live
+        if live is not None:
+            self._quietly(lambda: live.update(Text(""), refresh=True))
+
     def _quietly(self, action: Callable[[], None]) -> None:
         try:
             action()

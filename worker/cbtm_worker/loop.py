@@ -7,6 +7,8 @@ import threading
 from base64 import b64decode, b64encode
 from pathlib import Path
 
+from google.protobuf.message import DecodeError
+
 from cbtm_api.v1 import resources_pb2 as pb
 from cbtm_api.v1 import worker_service_pb2 as ws
 from cbtm_common.cache import ContentCache
@@ -165,6 +167,11 @@ class Worker:
             answer = ws.AcquireLeaseResponse.FromString(b64decode(self._lease_path.read_bytes()))
         except FileNotFoundError:
             return None
+        except (ValueError, DecodeError) as error:
+            # A power failure damaged it; the lease ends by itself.
+            _log.warning("%s cannot be read: %s", self._lease_path, error)
+            self._lease_path.unlink()
+            return None
         held = Held(lease_id=answer.lease.id, epoch=answer.lease.epoch)
         try:
             self._session.renew(held, pb.Progress(step=answer.spec.task.committed_step, phase="download"))
@@ -199,6 +206,7 @@ class Worker:
             return
         finally:
             heartbeat.close()
+            self._display.rest()
         self._hand_back(held, task, what, outcome, heartbeat.stop_reason)
 
     def _hand_back(self, held: Held, task: pb.Task, what: str, outcome: Outcome, stop_reason: str) -> None:

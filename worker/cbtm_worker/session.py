@@ -50,11 +50,8 @@ class Session:
             try:
                 answer = self.connection.worker.Register(request)
             except RETRYABLE as error:
-                target = self.connection.target
-                raise Unavailable(
-                    f"coordinator: nothing answers at {target}; is the address right? "
-                    f"`cbtm-worker check --coordinator {target}` tells more ({error.message})"
-                ) from error
+                check = f"`cbtm-worker check --coordinator {self.connection.target}` tells more"
+                raise Unavailable(f"{error.message}; {check}") from error
             point("worker.register.after")
             identity = Identity(worker_id=answer.worker.id, credential=answer.credential)
             slot.save(identity)

@@ -28,22 +28,31 @@ class BaseModel:
     context: int | None
 
 
-def fetch_prefix(location: str, target: Path, *, endpoint_url: str | None = None) -> Path:
-    """Downloads an `s3://bucket/prefix` folder. Credentials and endpoint come by boto3's usual chain."""
+def fetch_prefix(location: str, target: Path) -> Path:
+    """Downloads an `s3://bucket/prefix` folder. Credentials and endpoint come by boto3's usual chain.
+
+    Raises InvalidArgument when there is nothing, or the store refuses.
+    """
     import boto3
+    from botocore.exceptions import BotoCoreError, ClientError
 
     parts = urlsplit(location)
     prefix = parts.path.strip("/") + "/"
-    client = boto3.client("s3", endpoint_url=endpoint_url)
     found = 0
-    for page in client.get_paginator("list_objects_v2").paginate(Bucket=parts.netloc, Prefix=prefix):
-        for entry in page.get("Contents", ()):
-            name = entry["Key"].removeprefix(prefix)
-            # One folder deep, as a model is; nothing else is fetched.
-            if name and "/" not in name and not name.startswith("."):
-                target.mkdir(parents=True, exist_ok=True)
-                client.download_file(parts.netloc, entry["Key"], str(target / name))
-                found += 1
+    try:
+        client = boto3.client("s3")
+        for page in client.get_paginator("list_objects_v2").paginate(Bucket=parts.netloc, Prefix=prefix):
+            for entry in page.get("Contents", ()):
+                name = entry["Key"].removeprefix(prefix)
+                # One folder deep, as a model is; nothing else is fetched.
+                if name and "/" not in name and not name.startswith("."):
+                    target.mkdir(parents=True, exist_ok=True)
+                    client.download_file(parts.netloc, entry["Key"], str(target / name))
+                    found += 1
+    except (BotoCoreError, ClientError) as error:
+        raise InvalidArgument(
+            f"seed-model: {location} cannot be read: {first_line(error)}", field="seed-model"
+        ) from error
     if not found:
         raise InvalidArgument(f"seed-model: there is nothing at {location}", field="seed-model")
     return target
@@ -166,6 +175,8 @@ def check_fit(base: BaseModel, *, sequence_length: int, tokenizer_size: int) -> 
 
 
 def _save(model: Any, output: Path) -> BaseModel:
+    # Names the code that a model's own repository brings. None of it was run, and workers refuse what asks for it.
+    vars(model.config).pop("auto_map", None)
     with _quiet():
         model.save_pretrained(output)
     return _about(model, output)
@@ -177,14 +188,14 @@ def _quiet() -> Iterator[None]:
     from transformers.utils import logging
 
     bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     try:
         yield
     finally:
         logging.set_verbosity(level)
         if bars:
-            logging.enable_progress_bar()
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def _about(model: Any, directory: Path) -> BaseModel:

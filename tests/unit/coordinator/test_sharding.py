@@ -164,7 +164,7 @@ def test_documents_are_taken_from_the_corpus_a_batch_at_a_time(tmp_path: Path) -
 
     def counted() -> Iterator[Document]:
         nonlocal taken, most
-        for document in documents(3000):
+        for document in documents(700):
             taken += 1
             most = max(most, taken - done)
             yield document
@@ -174,7 +174,7 @@ def test_documents_are_taken_from_the_corpus_a_batch_at_a_time(tmp_path: Path) -
         done += count
 
     shard_corpus(counted(), make_router(), Words(), tmp_path, held_out_fraction=0.1, on_documents=on_documents)
-    assert done == taken == 3000
+    assert done == taken == 700
     assert most <= 257
 
 

@@ -1,94 +1,139 @@
-"""The folder of one task's checkpoints: what counts as whole, what is kept, what is swept away."""
+"""Checkpoints of a task on this disk, and the small parts beside them."""
 
 from __future__ import annotations
 
+import json
 import os
+import threading
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 import cbtm_worker.train
-from cbtm_common.errors import IntegrityError
+from cbtm_common.errors import IntegrityError, InvalidArgument
+from cbtm_worker.inputs import disk_refusal, refuse_code
 from cbtm_worker.local import LocalCheckpoints, drop_other_tasks
+from cbtm_worker.waiting import AnyOf
 
 
-def make(folder: Path, step: int, *, committed: bool = False) -> Path:
-    directory = LocalCheckpoints(folder).path(step)
-    (directory / "model").mkdir(parents=True)
-    (directory / "state.json").write_text("{}")
-    if committed:
-        LocalCheckpoints(folder).mark_committed(step)
-    return directory
+def put(local: LocalCheckpoints, *steps: int, task_id: str = "task_1") -> None:
+    for step in steps:
+        local.path(step).mkdir(parents=True)
+        (local.path(step) / "state.json").write_text(json.dumps([task_id, step]))
 
 
-def steps(folder: Path) -> list[int]:
-    return [c.step for c in LocalCheckpoints(folder).all()]
+def steps(local: LocalCheckpoints) -> list[int]:
+    return [checkpoint.step for checkpoint in local.all()]
 
 
-def test_whole_checkpoints_are_found_newest_first(tmp_path: Path) -> None:
-    make(tmp_path, 5, committed=True)
-    make(tmp_path, 120)
-    (tmp_path / "base").mkdir()
-    (tmp_path / "sources").mkdir()
-    (tmp_path / ".s0000000130.ab.partial").mkdir()
-    found = LocalCheckpoints(tmp_path).all()
-    assert [(c.step, c.committed) for c in found] == [(120, False), (5, True)]
-    assert LocalCheckpoints(tmp_path).committed_step == 5
+@pytest.fixture
+def local(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LocalCheckpoints:
+    def read_state(directory: Path) -> Any:
+        try:
+            task_id, step = json.loads((directory / "state.json").read_text())
+        except ValueError as error:
+            raise IntegrityError("damaged") from error
+        return SimpleNamespace(task_id=task_id, step=step)
+
+    # Into the dictionary: an attribute that is not there yet would import torch.
+    monkeypatch.setitem(cbtm_worker.train.__dict__, "read_state", read_state)
+    return LocalCheckpoints(tmp_path / "task_1")
 
 
-def test_nothing_is_there_before_the_first(tmp_path: Path) -> None:
-    local = LocalCheckpoints(tmp_path / "task")
+def test_the_newest_comes_first_and_what_is_half_written_does_not_count(local: LocalCheckpoints) -> None:
+    put(local, 5, 20, 10)
+    (local.folder / ".s0000000030.abcd.partial").mkdir()
+    (local.folder / "base").mkdir()
+    (local.folder / "s-notes").mkdir()
+    assert steps(local) == [20, 10, 5]
+    local.sweep()
+    assert sorted(p.name for p in local.folder.iterdir() if p.name.startswith(".")) == []
+
+
+def test_a_folder_that_is_not_there_is_empty(local: LocalCheckpoints) -> None:
     assert local.all() == []
     assert local.committed_step == 0
-    local.prune([3])
+    assert local.newest("task_1") is None
     local.sweep()
     local.clear()
 
 
-def test_pruning_keeps_the_last_committed_what_is_needed_and_what_is_newer(tmp_path: Path) -> None:
-    for step in (1, 2, 3, 4, 5):
-        make(tmp_path, step, committed=step in (1, 2))
-    LocalCheckpoints(tmp_path).prune([4])
-    assert steps(tmp_path) == [5, 4, 2]
-    assert not LocalCheckpoints(tmp_path).path(1).with_suffix(".done").exists()
+def test_what_is_committed_is_known_after_a_restart(local: LocalCheckpoints) -> None:
+    put(local, 5, 10)
+    local.mark_committed(5)
+    again = LocalCheckpoints(local.folder)
+    assert again.committed_step == 5
+    assert [c.committed for c in again.all()] == [False, True]
 
 
-def test_what_a_crash_left_half_done_is_swept_away(tmp_path: Path) -> None:
-    make(tmp_path, 1)
-    (tmp_path / ".s0000000002.ab.partial" / "model").mkdir(parents=True)
-    LocalCheckpoints(tmp_path).sweep()
-    assert [p.name for p in tmp_path.iterdir()] == ["s0000000001"]
+def test_pruning_keeps_the_newest_committed_what_is_on_its_way_and_what_is_newer(local: LocalCheckpoints) -> None:
+    put(local, 1, 2, 3, 4, 5, 6)
+    local.mark_committed(1)
+    local.mark_committed(3)
+    local.prune({5})
+    assert steps(local) == [6, 5, 3]
+    assert not (local.folder / "s0000000001.done").exists()
 
 
-def test_a_checkpoint_of_another_task_or_step_or_an_unreadable_one_is_removed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for step in (1, 2, 3, 4):
-        make(tmp_path, step)
+def test_nothing_is_pruned_while_nothing_is_committed_and_nothing_is_on_its_way(local: LocalCheckpoints) -> None:
+    put(local, 1, 2)
+    local.prune(set())
+    assert steps(local) == [2, 1]
 
-    def read_state(directory: Path) -> SimpleNamespace:
-        step = int(directory.name[1:])
-        if step == 4:
-            raise IntegrityError("no state")
-        return SimpleNamespace(task_id="task_9" if step == 3 else "task_1", step=7 if step == 2 else step)
 
-    monkeypatch.setitem(cbtm_worker.train.__dict__, "read_state", read_state)
-    newest = LocalCheckpoints(tmp_path).newest("task_1")
+@pytest.mark.parametrize("damage", ["damaged", "other task", "other step"])
+def test_a_checkpoint_that_is_not_what_its_name_says_is_removed(local: LocalCheckpoints, damage: str) -> None:
+    put(local, 5, 10)
+    said = {"damaged": "{", "other task": '["task_2", 10]', "other step": '["task_1", 9]'}[damage]
+    (local.path(10) / "state.json").write_text(said)
+    newest = local.newest("task_1")
     assert newest is not None
-    assert newest.step == 1
-    assert steps(tmp_path) == [1]
+    assert newest.step == 5
+    assert steps(local) == [5]
 
 
-def test_other_tasks_are_dropped_when_handed_in_and_kept_for_a_day_when_not(tmp_path: Path) -> None:
-    for name, committed in (("mine", False), ("sent", True), ("unsent", False), ("old", False)):
-        make(tmp_path / name, 4, committed=committed)
-    (tmp_path / "empty").mkdir()
-    written = (tmp_path / "unsent" / "s0000000004").stat().st_mtime
-    os.utime(tmp_path / "old" / "s0000000004", (written - 90_000, written - 90_000))
-
-    drop_other_tasks(tmp_path, keep="mine", now=written + 10)
+def test_other_tasks_go_when_the_coordinator_has_their_work_or_after_a_day(tmp_path: Path) -> None:
+    for name in ("mine", "committed", "empty", "unsent", "stale"):
+        folder = LocalCheckpoints(tmp_path / name)
+        folder.folder.mkdir()
+        if name != "empty":
+            put(folder, 5)
+    LocalCheckpoints(tmp_path / "committed").mark_committed(5)
+    now = (tmp_path / "unsent" / "s0000000005").stat().st_mtime
+    os.utime(tmp_path / "stale" / "s0000000005", (now - 90_000, now - 90_000))
+    drop_other_tasks(tmp_path, keep="mine", now=now)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["mine", "unsent"]
-
-    drop_other_tasks(tmp_path, keep="mine", now=written + 10, all_of_them=True)
+    drop_other_tasks(tmp_path, keep="mine", now=now, all_of_them=True)
     assert [p.name for p in tmp_path.iterdir()] == ["mine"]
+
+
+def test_any_of_several_events_ends_a_wait() -> None:
+    first, second = threading.Event(), threading.Event()
+    either = AnyOf(first, second)
+    assert not either.is_set()
+    assert not either.wait(0.01)
+    threading.Timer(0.02, second.set).start()
+    assert either.wait(10)
+    assert either.is_set()
+    assert not first.is_set()
+
+
+def test_a_disk_that_can_never_hold_a_task_is_told_from_one_that_is_full_now() -> None:
+    assert disk_refusal(total_bytes=1000, input_bytes=200, checkpoint_bytes=400) is None
+    refusal = disk_refusal(total_bytes=999, input_bytes=200, checkpoint_bytes=400)
+    assert refusal is not None
+    assert "1000 B" in refusal
+    assert "999 B" in refusal
+
+
+def test_a_model_that_names_code_of_its_own_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    refuse_code(tmp_path)
+    (tmp_path / "config.json").write_text('{"auto_map": {"AutoModel": "modeling.Evil"}}')
+    with pytest.raises(InvalidArgument, match="never runs code"):
+        refuse_code(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(IntegrityError, match=r"config\.json"):
+        refuse_code(tmp_path)

@@ -1,0 +1,120 @@
+"""Uploading a draft run's files when URLs expire, and telling of clusters in messages that fit."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Self
+
+import pytest
+
+from cbtm_api.v1 import admin_service_pb2 as ad
+from cbtm_api.v1 import resources_pb2 as pb
+from cbtm_common.errors import IntegrityError
+from cbtm_common.files import FileSpec
+from cbtm_common.transfer import UrlExpired
+from cbtm_coordinator import upload_run
+
+SIZE = 100
+
+
+class Store:
+    """Coordinator, transfer and store in one: `refuse(path, attempt)` says which attempts find their URL expired."""
+
+    def __init__(self, refuse: Callable[[str, int], bool] = lambda path, attempt: False) -> None:
+        self.http_base = "http://store"
+        self.admin = SimpleNamespace(PrepareRunUpload=self.prepare, RegisterClusters=self.register)
+        self.stored: set[str] = set()
+        self.attempts: dict[str, int] = {}
+        self.prepared: list[list[str]] = []
+        self.registered: list[list[int]] = []
+        self.raises: Exception | None = None
+        self._refuse = refuse
+        self._lock = threading.Lock()
+
+    def prepare(self, request: ad.PrepareRunUploadRequest) -> ad.PrepareRunUploadResponse:
+        self.prepared.append([file.path for file in request.files])
+        return ad.PrepareRunUploadResponse(
+            uploads=[pb.Upload(file=file, stored=file.path in self.stored) for file in request.files]
+        )
+
+    def register(self, request: ad.RegisterClustersRequest, timeout: float) -> None:
+        assert request.ByteSize() < 4 * 1024 * 1024
+        self.registered.append([cluster.index for cluster in request.clusters])
+
+    # As a Transfer
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def upload(self, upload: pb.Upload, source: Path, *, on_bytes: Any, cancelled: threading.Event) -> None:
+        path = upload.file.path
+        with self._lock:
+            attempt = self.attempts[path] = self.attempts.get(path, 0) + 1
+        if self.raises is not None:
+            raise self.raises
+        if upload.stored:
+            return
+        # Bytes of a refused attempt were sent too.
+        on_bytes(upload.file.size)
+        if self._refuse(path, attempt):
+            raise UrlExpired("403")
+        with self._lock:
+            self.stored.add(path)
+
+
+def send(store: Store, count: int, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Uploads `count` files; the bytes told of."""
+    monkeypatch.setattr(upload_run, "Transfer", lambda base_url: store)
+    told: list[int] = []
+    files = {f"f{i}": (Path(f"f{i}"), FileSpec(path=f"f{i}", size=SIZE, sha256="0" * 64)) for i in range(count)}
+    upload_run.upload_files(store, "run", ad.RUN_FILE_KIND_SHARD, files, on_bytes=told.append)  # type: ignore[arg-type]
+    return sum(told)
+
+
+def test_all_files_are_sent_in_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store()
+    assert send(store, 70, monkeypatch) == 70 * SIZE
+    assert len(store.stored) == 70
+    assert [len(batch) for batch in store.prepared] == [32, 32, 6]
+
+
+def test_what_is_stored_already_counts_as_done_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store()
+    store.stored = {"f0", "f1"}
+    assert send(store, 3, monkeypatch) == 3 * SIZE
+
+
+def test_files_whose_urls_expired_are_signed_again_and_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store(refuse=lambda path, attempt: path in ("f1", "f3") and attempt < 3)
+    assert send(store, 4, monkeypatch) == 4 * SIZE
+    assert store.prepared == [["f0", "f1", "f2", "f3"], ["f1", "f3"], ["f1", "f3"]]
+
+
+def test_a_store_that_refuses_every_url_is_not_asked_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store(refuse=lambda path, attempt: True)
+    with pytest.raises(UrlExpired):
+        send(store, 2, monkeypatch)
+    assert len(store.prepared) == 4
+
+
+def test_an_error_that_is_none_of_urls_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store()
+    store.raises = IntegrityError("f0: changed while it was sent")
+    with pytest.raises(IntegrityError):
+        send(store, 40, monkeypatch)
+    assert len(store.prepared) == 1
+
+
+def test_clusters_are_told_of_in_messages_that_fit() -> None:
+    store = Store()
+    shard = ad.NewShard(file=FileSpec(path="x" * 80, size=SIZE, sha256="0" * 64).to_proto())
+    small = [ad.NewCluster(index=i, shards=[shard] * 2) for i in range(10)]
+    large = [ad.NewCluster(index=10 + i, shards=[shard] * 200) for i in range(3)]
+    wordy = [ad.NewCluster(index=20 + i, example_documents=["x" * 1_500_000]) for i in range(2)]
+    upload_run.register_clusters(store, "run", [*small, *large, *wordy])  # type: ignore[arg-type]
+    assert store.registered == [[*range(10), 10], [11], [12, 20], [21]]
