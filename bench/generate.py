@@ -10,6 +10,10 @@ token. Batches of 8 are of two kinds, for on a CPU a step costs the reading of w
 different experts the rows of a batch need (also shown): 8 continuations of one prompt, to which the bars apply, and 8
 documents of as many clusters, for which no arrangement can keep up with one model that serves them all.
 
+Scoring likewise, of 16 documents of as many clusters. Routed once, on the first tokens, as in few-shot evaluation,
+each token is read by k experts, and the bars apply. Routed at each token, an expert must read a document up to the last
+token that it is used for, and documents use many early on: how much reading that takes is shown beside the speed.
+
 Peak memory is that of a process that generates with the top 2 of 16 experts, every one of which is used, under a budget
 of 4: resident memory beyond what it had before the first expert, in units of 4 experts' weights.
 """
@@ -42,11 +46,11 @@ CLUSTERS = 16
 BUDGET = 4
 VOCABULARY = 4096
 CONTEXT = 512
-GENERATION_BARS = {1: 0.9, 2: 0.45, 4: 0.22}
+BARS = {1: 0.9, 2: 0.45, 4: 0.22}
 
 
-def build(root: Path, *, hidden: int, layers: int) -> tuple[Path, list[str]]:
-    """A saved ensemble under `root`, and the corpus."""
+def build(root: Path, *, hidden: int, layers: int, documents: int) -> tuple[Path, list[str]]:
+    """A saved ensemble under `root`, and so many documents of the corpus, on which its router is fitted."""
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -57,6 +61,7 @@ def build(root: Path, *, hidden: int, layers: int) -> tuple[Path, list[str]]:
 
     corpus = open_corpus([str(CORPUS / "*.jsonl.gz")])
     texts = [document.text for document in corpus.documents(ReadReport())]
+    texts = texts[:: max(1, len(texts) // documents)]
     tokenizer = train_tokenizer(texts[:400], root / "tokenizer", vocab_size=VOCABULARY, context=CONTEXT)
     ids = [cluster_id("run", index) for index in range(CLUSTERS)]
     config = LlamaConfig(
@@ -129,11 +134,12 @@ def generation(report: Report, folder: Path, texts: list[str], *, prompt: int, n
     import torch
     from transformers import AutoModelForCausalLM, LogitsProcessorList
 
-    from cbtm import CbtmForCausalLM
+    from cbtm import CbtmForCausalLM, Ensemble
 
     dense = AutoModelForCausalLM.from_pretrained(folder / "experts/0000")
-    model = CbtmForCausalLM.from_pretrained(folder)
-    documents = by_cluster(model.ensemble, texts, prompt + new)
+    model = Ensemble.load(folder)
+    models = {k: CbtmForCausalLM.from_ensemble(model.with_routing(top_k=k)) for k in BARS}
+    documents = by_cluster(model, texts, prompt + new)
     one = documents[len(documents) // 2]
     batches = {"batch 1": [one], "batch 8, one prompt": [one] * 8, "batch 8, eight clusters": documents[:8]}
     for label, rows in batches.items():
@@ -147,42 +153,55 @@ def generation(report: Report, folder: Path, texts: list[str], *, prompt: int, n
             "logits_processor": LogitsProcessorList([Forced(ids_BT[:, prompt:], prompt)]),
         }
 
-        def run(what: Any, top_k: int | None, ids_BT: Any = ids_BT, options: Any = options) -> None:
-            if top_k is not None:
-                model.ensemble = ensembles[top_k]
-            found = what.generate(ids_BT[:, :prompt], **options)
-            assert torch.equal(found, ids_BT)
+        def run(what: Any, ids_BT: Any = ids_BT, options: Any = options) -> None:
+            assert torch.equal(what.generate(ids_BT[:, :prompt], **options), ids_BT)
 
-        ensembles = {k: model.ensemble.with_routing(top_k=k) for k in GENERATION_BARS}
-        runs: dict[str, Callable[[], Any]] = {"dense": lambda run=run: run(dense, None)}
-        for k in GENERATION_BARS:
-            runs[f"top-{k}"] = lambda run=run, k=k: run(model, k)
+        runs: dict[str, Callable[[], Any]] = {"dense": lambda run=run: run(dense)}
+        for k, ensemble in models.items():
+            runs[f"top-{k}"] = lambda run=run, ensemble=ensemble: run(ensemble)
         seconds = fastest(rounds, runs)
         report.add(f"{label}: one expert alone", len(rows) * new / seconds["dense"], "tokens/s")
-        for k, bar in GENERATION_BARS.items():
+        for k, bar in BARS.items():
             ratio = seconds["dense"] / seconds[f"top-{k}"]
             report.add(f"{label}: top-{k} against it", ratio, "x", bar=None if "clusters" in label else bar)
-            weights = [ensembles[k].context_router.positions(row, prompt) for row in rows]
-            used = np.stack(weights).any(axis=0).sum(axis=1).mean()
-            report.add(f"{label}: top-{k}, experts a step", float(used), "")
+            if "clusters" in label:
+                router = models[k].ensemble.context_router
+                used = np.stack([router.positions(row, prompt) for row in rows]).any(axis=0).sum(axis=1).mean()
+                report.add(f"{label}: top-{k}, experts a step", float(used), "")
 
 
-def scoring(report: Report, folder: Path, texts: list[str], *, tokens: int, rounds: int) -> None:
+def scoring(report: Report, folder: Path, texts: list[str], *, prompt: int, tokens: int, rounds: int) -> None:
     from cbtm import Ensemble
-    from cbtm._scoring import mixture_scores, model_scores
+    from cbtm._scoring import TokenSequence, mixture_scores, model_scores
 
     model = Ensemble.load(folder)
-    sequences = [model.sequence_of(ids) for ids in by_cluster(model, texts, tokens)]
+    found = [model.sequence_of(ids) for ids in by_cluster(model, texts, prompt + tokens)]
+    sequences = [TokenSequence(ids=sequence.ids, first=prompt + 1) for sequence in found]
     window = {"window": CONTEXT, "stride": CONTEXT // 2}
     dense = model.pool.get(0)
     runs: dict[str, Callable[[], Any]] = {"dense": lambda: model_scores(dense, sequences, **window)}
-    for k in GENERATION_BARS:
-        router = model.with_routing(top_k=k).context_router
-        runs[f"top-{k}"] = lambda router=router: mixture_scores(model.pool, router, sequences, **window)
+    reads: dict[str, float] = {}
+    for k in BARS:
+        for policy in ("prompt", "prefix"):
+            router = model.with_routing(top_k=k, policy=policy).context_router
+            runs[f"{policy} {k}"] = lambda router=router: mixture_scores(model.pool, router, sequences, **window)
+            reads[f"{policy} {k}"] = reads_per_token([router.positions(s.ids, s.first) for s in sequences], prompt)
     seconds = fastest(rounds, runs)
     report.add("scoring: one expert alone", len(sequences) * tokens / seconds["dense"], "tokens/s")
-    for k, bar in GENERATION_BARS.items():
-        report.add(f"scoring: top-{k} against it", seconds["dense"] / seconds[f"top-{k}"], "x", bar=bar)
+    for k, bar in BARS.items():
+        report.add(
+            f"scoring, routed on {prompt} tokens: top-{k}", seconds["dense"] / seconds[f"prompt {k}"], "x", bar=bar
+        )
+    for k in BARS:
+        report.add(f"scoring, routed at each token: top-{k}", seconds["dense"] / seconds[f"prefix {k}"], "x")
+        report.add(f"the same: top-{k}, tokens read for each", reads[f"prefix {k}"], "")
+
+
+def reads_per_token(weights: list[Any], prompt: int) -> float:
+    """Tokens that experts must read, by tokens of text: each reads up to the last token that it is used for."""
+    used = [np.flatnonzero(weights_TK[:, j]) for weights_TK in weights for j in range(weights_TK.shape[1])]
+    read = sum(prompt + int(places[-1]) + 1 for places in used if len(places))
+    return read / sum(prompt + len(weights_TK) for weights_TK in weights)
 
 
 def peak_memory(folder: Path, texts_path: Path, *, prompt: int, new: int) -> dict[str, Any]:
@@ -225,12 +244,16 @@ def main() -> None:
         print(json.dumps(peak_memory(*options.memory, prompt=32, new=8)))
         return
     report = Report(bench="generate")
-    rounds = 2 if options.quick else 5
+    rounds = 1 if options.quick else 5
     with TemporaryDirectory() as scratch:
-        size = {"hidden": 384, "layers": 6} if options.quick else {"hidden": 768, "layers": 8}
+        size = (
+            {"hidden": 384, "layers": 4, "documents": 800}
+            if options.quick
+            else {"hidden": 768, "layers": 8, "documents": 4000}
+        )
         folder, texts = build(Path(scratch), **size)
         generation(report, folder, texts, prompt=32, new=16 if options.quick else 64, rounds=rounds)
-        scoring(report, folder, texts, tokens=128 if options.quick else 400, rounds=rounds)
+        scoring(report, folder, texts, prompt=32, tokens=96 if options.quick else 368, rounds=rounds)
         (Path(scratch) / "texts.json").write_text(json.dumps(texts), "utf-8")
         command = [sys.executable, "-m", "bench.generate", "--memory", str(folder), str(Path(scratch) / "texts.json")]
         done = subprocess.run(command, check=True, capture_output=True, text=True)

@@ -38,7 +38,7 @@ from cbtm_coordinator.clustering.sharding import TRAIN, ClusterStats, ShardFile,
 from cbtm_coordinator.upload_run import Files, register_clusters, upload_files
 
 # Tokenizer training reads at most this much of the sample: BPE merges settle long before.
-_TOKENIZER_CHARACTERS = 100_000_000
+_TOKENIZER_CHARACTERS = 50_000_000
 _FOLDERS = (
     (ad.RUN_FILE_KIND_CLUSTERING, "clustering"),
     (ad.RUN_FILE_KIND_TOKENIZER, "tokenizer"),

@@ -60,6 +60,8 @@ def inputs(tmp_path: Path) -> dict[str, Path]:
     return {"corpus": corpus, "recipe": recipe, "model": model}
 
 
+# A dozen processes start one after another, each of which imports torch: slow where a machine has other work to do.
+@pytest.mark.timeout(900)
 def test_a_short_demo_trains_compares_and_leaves_an_ensemble_that_loads(
     tmp_path: Path, inputs: dict[str, Path]
 ) -> None:

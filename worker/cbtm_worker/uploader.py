@@ -1,10 +1,9 @@
 """Writes and uploads checkpoints on two threads of its own, while training goes on.
 
 One thread writes snapshots to this disk, where the folder is the queue (`cbtm_worker.local`); the other sends the
-newest and has it committed. A link that is slow or broken thus never keeps a checkpoint off the disk. The newest makes
-older ones needless: one that waits is dropped, and one that is under way is broken off when the task ends or leaves.
-Uploads go on by part after a broken link, an expired URL or a restart, for the coordinator signs only what is missing.
-The last committed checkpoint stays until a newer one is committed. A full disk is said and waited for.
+newest until it is committed (`cbtm_worker.sender`). A slow or broken link thus never keeps a checkpoint off the disk.
+The newest makes older ones needless: one that waits is dropped, and one that is under way is broken off when the task
+ends or leaves. The last committed checkpoint stays until a newer one is committed. A full disk is said and waited for.
 
 Not guaranteed: that everything submitted is committed; `flush` tells.
 """
@@ -12,31 +11,19 @@ Not guaranteed: that everything submitted is committed; `flush` tells.
 from __future__ import annotations
 
 import logging
-import random
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cbtm_api.v1 import resources_pb2 as pb
-from cbtm_common.errors import (
-    RETRYABLE,
-    AlreadyExists,
-    Cancelled,
-    CbtmError,
-    IntegrityError,
-    InternalError,
-    ResourceExhausted,
-)
+from cbtm_common.errors import ResourceExhausted
 from cbtm_common.faults import point
-from cbtm_common.files import describe
-from cbtm_common.ids import new_request_id
-from cbtm_common.protos import JsonValue, from_duration
-from cbtm_common.rpc import RetryPolicy
+from cbtm_common.protos import JsonValue
 from cbtm_common.transfer import Transfer
 from cbtm_worker.heartbeat import Heartbeat
 from cbtm_worker.local import LocalCheckpoint, LocalCheckpoints
+from cbtm_worker.sender import Sender, Sending
 from cbtm_worker.session import Held, Session
 from cbtm_worker.waiting import AnyOf
 
@@ -44,23 +31,9 @@ if TYPE_CHECKING:
     from cbtm_worker.train import Snapshot
 
 _log = logging.getLogger(__name__)
-# Tries in all when the coordinator found other bytes than were declared, or failed by itself.
-_TRIES = 3
-# A URL that expired, a store or coordinator that is away, a store that is full; or we gave up.
-_PASSING: tuple[type[CbtmError], ...] = (*RETRYABLE, Cancelled, ResourceExhausted)
-_BACKOFF = RetryPolicy(attempts=1, initial=1.0, maximum=30.0)
 _FULL_DISK_SECONDS = 15.0
 # While `flush` waits, it calls `tick` so often.
 _TICK_SECONDS = 0.25
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sending:
-    """What is on its way. Bytes that were sent again after a failure count again."""
-
-    step: int
-    sent_bytes: int
-    total_bytes: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,10 +69,8 @@ class Uploader:
         say: Callable[[str], None] = _log.warning,
         make_room: Callable[[], None] = lambda: None,
     ) -> None:
-        self._session = session
-        self._held = held
         self._heartbeat = heartbeat
-        self._transfer = transfer
+        self._sender = Sender(session, held, heartbeat, transfer)
         self._local = LocalCheckpoints(folder)
         self._say = say
         self._make_room = make_room
@@ -107,7 +78,7 @@ class Uploader:
         self._to_write: _Snapshot | None = None
         self._writing = False
         self._to_send: _Upload | None = None
-        self._sending: Sending | None = None
+        self._sending: _Upload | None = None
         self._closed = False
         self._error: BaseException | None = None
         # Nothing comes after `newest_step`.
@@ -135,8 +106,8 @@ class Uploader:
 
     @property
     def sending(self) -> Sending | None:
-        with self._condition:
-            return self._sending
+        """What is on its way to the store, if anything is."""
+        return self._sender.sending
 
     def submit(
         self,
@@ -309,12 +280,12 @@ class Uploader:
             )
             if self._over() or self._to_send is None:
                 return False
-            job, self._to_send = self._to_send, None
-            self._sending = Sending(step=job.step, sent_bytes=0, total_bytes=0)
+            self._sending = job = self._to_send
+            self._to_send = None
             self._mark_superseded()
         error = None
         try:
-            if self._send_until_committed(job):
+            if self._send(job):
                 self._local.mark_committed(job.step)
                 self._heartbeat.committed(job.step)
                 self.committed_step = job.step
@@ -325,79 +296,16 @@ class Uploader:
             self._settle(error)
         return error is None
 
-    def _send_until_committed(self, job: _Upload) -> bool:
-        """False when it was broken off in favour of a newer one."""
-        files = describe(self._local.path(job.step))
-        cancelled = AnyOf(self._heartbeat.ended, self._abandoned, self._superseded)
-        wrong = attempt = 0
-        left: int | None = None
-        while True:
-            self._heartbeat.check()
-            try:
-                prepared = self._session.prepare_upload(self._held, job.step, files)
-                before, left = left, sum(_bytes_left(upload) for upload in prepared.uploads)
-                if before is not None and left < before:
-                    attempt = 0
-                self._send(job, prepared.checkpoint.id, prepared.uploads, left, cancelled)
-                return True
-            except (IntegrityError, AlreadyExists, InternalError) as error:
-                wrong += 1
-                if wrong >= _TRIES:
-                    raise
-                _log.warning("the checkpoint of step %d is sent again: %s", job.step, error.message)
-            except _PASSING as error:
-                _log.info("the checkpoint of step %d waits: %s", job.step, error.message)
-            attempt += 1
-            if cancelled.wait(_BACKOFF.delay(min(attempt, 10) - 1, random.random())):
-                self._heartbeat.check()
-                return False
-            if self._is_needless(job):
-                return False
+    def _send(self, job: _Upload) -> bool:
+        """Whether it is committed; not when it was broken off in favour of a newer one."""
+        return self._sender.send(
+            self._local.path(job.step),
+            step=job.step,
+            metrics=job.metrics,
+            cancelled=AnyOf(self._heartbeat.ended, self._abandoned, self._superseded),
+            is_needless=lambda: self._newer_waits(job.step),
+        )
 
-    def _is_needless(self, job: _Upload) -> bool:
-        """Whether a newer one waits, and nothing of this one has been sent yet."""
+    def _newer_waits(self, step: int) -> bool:
         with self._condition:
-            sent = self._sending.sent_bytes if self._sending else 0
-            return sent == 0 and self._to_send is not None and self._to_send.step > job.step
-
-    def _send(
-        self, job: _Upload, checkpoint_id: str, uploads: Sequence[pb.Upload], left: int, cancelled: threading.Event
-    ) -> None:
-        point("worker.upload.after_prepare")
-        with self._condition:
-            self._sending = Sending(step=job.step, sent_bytes=0, total_bytes=left)
-        directory = self._local.path(job.step)
-        for upload in uploads:
-            self._transfer.upload(upload, directory / upload.file.path, on_bytes=self._moved, cancelled=cancelled)
-            point("worker.upload.after_file")
-        point("worker.upload.before_commit")
-        self._commit(checkpoint_id, job.metrics, cancelled)
-        point("worker.upload.after_commit")
-
-    def _moved(self, count: int) -> None:
-        self._heartbeat.moved(count)
-        with self._condition:
-            if self._sending is not None:
-                self._sending = Sending(
-                    step=self._sending.step,
-                    sent_bytes=self._sending.sent_bytes + count,
-                    total_bytes=self._sending.total_bytes,
-                )
-
-    def _commit(self, checkpoint_id: str, metrics: dict[str, JsonValue], cancelled: threading.Event) -> None:
-        request_id = new_request_id()
-        while True:
-            answer = self._session.commit(self._held, checkpoint_id, metrics, request_id)
-            if answer.checkpoint.state in (pb.CHECKPOINT_STATE_COMMITTED, pb.CHECKPOINT_STATE_ACCEPTED):
-                return
-            # The coordinator reads the checkpoint back; that takes as long as it takes.
-            if cancelled.wait(from_duration(answer.retry_after).total_seconds()):
-                raise Cancelled("the commit was broken off")
-
-
-def _bytes_left(upload: pb.Upload) -> int:
-    if upload.stored:
-        return 0
-    if upload.HasField("multipart"):
-        return sum(part.size for part in upload.multipart.parts)
-    return upload.file.size
+            return self._to_send is not None and self._to_send.step > step

@@ -10,7 +10,7 @@ from cbtm_coordinator.clustering.corpus import Document
 # A document counts for the clustering with at most its first characters.
 MAX_CHARACTERS = 8_000
 # Over this many characters together, all documents of the sample are cut to half as many.
-MAX_TOTAL_CHARACTERS = 250_000_000
+MAX_TOTAL_CHARACTERS = 150_000_000
 
 
 def reservoir(

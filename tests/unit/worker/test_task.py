@@ -18,7 +18,7 @@ from cbtm_common.errors import CbtmError, InvalidState, LeaseLost, Unavailable
 from cbtm_common.protos import duration
 from cbtm_common.recipe import Recipe
 from cbtm_common.rpc import RetryPolicy
-from cbtm_worker import inputs, uploader
+from cbtm_worker import inputs, sender
 from cbtm_worker.config import WorkerConfig
 from cbtm_worker.display import Display
 from cbtm_worker.heartbeat import Heartbeat
@@ -104,7 +104,7 @@ def read_state(directory: Path) -> SimpleNamespace:
 @pytest.fixture
 def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
     fast = RetryPolicy(attempts=1, initial=0.001, maximum=0.001)
-    monkeypatch.setattr(uploader, "_BACKOFF", fast)
+    monkeypatch.setattr(sender, "_BACKOFF", fast)
     monkeypatch.setattr(inputs, "_RETRY", fast)
     with ScriptedCoordinator() as coordinator, coordinator.connect() as connection:
         made = Bench(tmp_path, coordinator, Session(connection))

@@ -17,6 +17,7 @@ from cbtm_common.errors import IntegrityError, LeaseLost, ResourceExhausted, Una
 from cbtm_common.protos import duration
 from cbtm_common.rpc import RetryPolicy
 from cbtm_common.transfer import UrlExpired
+from cbtm_worker import sender
 from cbtm_worker import uploader as module
 from cbtm_worker.heartbeat import Heartbeat
 from cbtm_worker.local import LocalCheckpoints
@@ -79,7 +80,7 @@ class Bench:
 
 @pytest.fixture
 def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
-    monkeypatch.setattr(module, "_BACKOFF", RetryPolicy(attempts=1, initial=0.001, maximum=0.002))
+    monkeypatch.setattr(sender, "_BACKOFF", RetryPolicy(attempts=1, initial=0.001, maximum=0.002))
     monkeypatch.setattr(module, "_FULL_DISK_SECONDS", 0.001)
     made = Bench(tmp_path / "task")
     # Into the dictionary: an attribute that is not there yet would import torch.

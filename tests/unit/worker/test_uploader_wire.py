@@ -13,6 +13,7 @@ import pytest
 import cbtm_worker.train
 from cbtm_common.errors import LeaseLost, ResourceExhausted
 from cbtm_common.rpc import RetryPolicy
+from cbtm_worker import sender
 from cbtm_worker import uploader as module
 from cbtm_worker.heartbeat import Heartbeat
 from cbtm_worker.local import LocalCheckpoints
@@ -76,7 +77,7 @@ class Desk:
 
 @pytest.fixture
 def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Desk]:
-    monkeypatch.setattr(module, "_BACKOFF", RetryPolicy(attempts=1, initial=0.01, maximum=0.01))
+    monkeypatch.setattr(sender, "_BACKOFF", RetryPolicy(attempts=1, initial=0.01, maximum=0.01))
     monkeypatch.setattr(module, "_FULL_DISK_SECONDS", 0.01)
     with ScriptedCoordinator() as coordinator, coordinator.connect() as connection:
         made = Desk(tmp_path / "task_1", coordinator, Session(connection))

@@ -1,0 +1,147 @@
+"""Sends one checkpoint of this disk until the coordinator has committed it.
+
+What may pass is waited out; an upload goes on by part after a broken link, an expired URL or a restart, for the
+coordinator signs only what is missing. Not here: which checkpoint to send, and when (`cbtm_worker.uploader`).
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from cbtm_api.v1 import resources_pb2 as pb
+from cbtm_common.errors import (
+    RETRYABLE,
+    AlreadyExists,
+    Cancelled,
+    CbtmError,
+    IntegrityError,
+    InternalError,
+    ResourceExhausted,
+)
+from cbtm_common.faults import point
+from cbtm_common.files import describe
+from cbtm_common.ids import new_request_id
+from cbtm_common.protos import JsonValue, from_duration
+from cbtm_common.rpc import RetryPolicy
+from cbtm_common.transfer import Transfer
+from cbtm_worker.heartbeat import Heartbeat
+from cbtm_worker.session import Held, Session
+
+_log = logging.getLogger(__name__)
+# Tries in all when the coordinator found other bytes than were declared, or failed by itself.
+_TRIES = 3
+# A URL that expired, a store or coordinator that is away, a store that is full; or we gave up.
+_PASSING: tuple[type[CbtmError], ...] = (*RETRYABLE, Cancelled, ResourceExhausted)
+_BACKOFF = RetryPolicy(attempts=1, initial=1.0, maximum=30.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sending:
+    """What is on its way. Bytes that were sent again after a failure count again."""
+
+    step: int
+    sent_bytes: int = 0
+    total_bytes: int = 0
+
+
+class Sender:
+    """Sends checkpoints under one lease, one at a time. `sending` may be read from any thread."""
+
+    def __init__(self, session: Session, held: Held, heartbeat: Heartbeat, transfer: Transfer) -> None:
+        self._session = session
+        self._held = held
+        self._heartbeat = heartbeat
+        self._transfer = transfer
+        self.sending: Sending | None = None
+
+    def send(
+        self,
+        directory: Path,
+        *,
+        step: int,
+        metrics: dict[str, JsonValue],
+        cancelled: threading.Event,
+        is_needless: Callable[[], bool],
+    ) -> bool:
+        """Whether it is committed; not when `cancelled` broke it off, or nothing was sent yet and it `is_needless`.
+
+        Raises what ended the lease, and what will not pass.
+        """
+        self.sending = Sending(step=step)
+        try:
+            return self._send_until_committed(directory, step, metrics, cancelled, is_needless)
+        finally:
+            self.sending = None
+
+    def _send_until_committed(
+        self,
+        directory: Path,
+        step: int,
+        metrics: dict[str, JsonValue],
+        cancelled: threading.Event,
+        is_needless: Callable[[], bool],
+    ) -> bool:
+        files = describe(directory)
+        wrong = attempt = 0
+        left: int | None = None
+        while True:
+            self._heartbeat.check()
+            try:
+                prepared = self._session.prepare_upload(self._held, step, files)
+                before, left = left, sum(_bytes_left(upload) for upload in prepared.uploads)
+                if before is not None and left < before:
+                    attempt = 0
+                self.sending = Sending(step=step, total_bytes=left)
+                self._upload(prepared.uploads, directory, cancelled)
+                self._commit(prepared.checkpoint.id, metrics, cancelled)
+                return True
+            except (IntegrityError, AlreadyExists, InternalError) as error:
+                wrong += 1
+                if wrong >= _TRIES:
+                    raise
+                _log.warning("the checkpoint of step %d is sent again: %s", step, error.message)
+            except _PASSING as error:
+                _log.info("the checkpoint of step %d waits: %s", step, error.message)
+            attempt += 1
+            if cancelled.wait(_BACKOFF.delay(min(attempt, 10) - 1, random.random())):
+                self._heartbeat.check()
+                return False
+            if self.sending is not None and self.sending.sent_bytes == 0 and is_needless():
+                return False
+
+    def _upload(self, uploads: Sequence[pb.Upload], directory: Path, cancelled: threading.Event) -> None:
+        point("worker.upload.after_prepare")
+        for upload in uploads:
+            self._transfer.upload(upload, directory / upload.file.path, on_bytes=self._moved, cancelled=cancelled)
+            point("worker.upload.after_file")
+        point("worker.upload.before_commit")
+
+    def _moved(self, count: int) -> None:
+        """Called by one thread at a time."""
+        self._heartbeat.moved(count)
+        if self.sending is not None:
+            self.sending = replace(self.sending, sent_bytes=self.sending.sent_bytes + count)
+
+    def _commit(self, checkpoint_id: str, metrics: dict[str, JsonValue], cancelled: threading.Event) -> None:
+        request_id = new_request_id()
+        while True:
+            answer = self._session.commit(self._held, checkpoint_id, metrics, request_id)
+            if answer.checkpoint.state in (pb.CHECKPOINT_STATE_COMMITTED, pb.CHECKPOINT_STATE_ACCEPTED):
+                break
+            # The coordinator reads the checkpoint back; that takes as long as it takes.
+            if cancelled.wait(from_duration(answer.retry_after).total_seconds()):
+                raise Cancelled("the commit was broken off")
+        point("worker.upload.after_commit")
+
+
+def _bytes_left(upload: pb.Upload) -> int:
+    if upload.stored:
+        return 0
+    if upload.HasField("multipart"):
+        return sum(part.size for part in upload.multipart.parts)
+    return upload.file.size
