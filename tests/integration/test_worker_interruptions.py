@@ -59,6 +59,19 @@ def test_ctrl_c_hands_the_work_in_and_another_worker_goes_on_from_that_step(here
     assert f"took cluster {task.cluster_index} of {RUN}, from step {task.committed_step}" in said
 
 
+def test_ctrl_c_before_training_leaves_without_waiting_for_it(here: Site) -> None:
+    # Stopped right after it got its lease, and so before any download.
+    worker = here.start_worker("first", faults="worker.acquire.after=stop@1")
+    here.until(here.leased, "a lease")
+    worker.send(signal.SIGINT)
+    worker.send(signal.SIGCONT)
+    assert worker.wait(30) == 0, worker.output
+    assert "saved and gave back cluster" in worker.output
+    assert [row["state"] for row in here.rows("SELECT state FROM leases")] == ["RELEASED"]
+    assert here.rows("SELECT id FROM checkpoints") == []
+    finish(here)
+
+
 def test_sigterm_does_the_same_as_ctrl_c(here: Site) -> None:
     worker = here.start_worker("first")
     here.until(lambda: here.leased_at_step(2), "step 2")
@@ -69,9 +82,9 @@ def test_sigterm_does_the_same_as_ctrl_c(here: Site) -> None:
 
 
 def test_a_second_ctrl_c_leaves_at_once_and_loses_nothing_but_steps(here: Site) -> None:
-    # Steps so slow that the first signal cannot have its effect yet.
+    # In the middle of a step so slow that the first signal cannot have its effect yet. Before training it would have.
     worker = here.start_worker("first", step_seconds=5.0)
-    here.until(here.leased, "a lease")
+    here.until(lambda: here.leased_at_step(1), "the first step")
     worker.send(signal.SIGINT)
     here.until(lambda: "press Ctrl-C again" in worker.output, "the first signal's message")
     worker.send(signal.SIGINT)

@@ -179,6 +179,7 @@ class TaskRunner:
         asked = False
         self._view.step = trainer.step
         self._view.phase = "train"
+        self._heartbeat.update(phase="train")
         while trainer.step < trainer.total_steps:
             self._heartbeat.check()
             self._uploader.check()

@@ -26,7 +26,8 @@ if _version_not_supported:
 
 
 class CatalogServiceStub:
-    """Read-only. Needs a token of role CONSUMER or ADMIN, or a worker credential.
+    """Read-only. Needs a token of role CONSUMER or ADMIN, or none where the catalog is public. Never a worker's credential:
+    who trains an expert does not see what it is judged on. Shards need a token always.
     """
 
     def __init__(self, channel):
@@ -78,7 +79,8 @@ class CatalogServiceStub:
 
 
 class CatalogServiceServicer:
-    """Read-only. Needs a token of role CONSUMER or ADMIN, or a worker credential.
+    """Read-only. Needs a token of role CONSUMER or ADMIN, or none where the catalog is public. Never a worker's credential:
+    who trains an expert does not see what it is judged on. Shards need a token always.
     """
 
     def ListRuns(self, request, context):
@@ -186,7 +188,8 @@ def add_CatalogServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class CatalogService:
-    """Read-only. Needs a token of role CONSUMER or ADMIN, or a worker credential.
+    """Read-only. Needs a token of role CONSUMER or ADMIN, or none where the catalog is public. Never a worker's credential:
+    who trains an expert does not see what it is judged on. Shards need a token always.
     """
 
     @staticmethod

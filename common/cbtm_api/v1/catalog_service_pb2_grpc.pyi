@@ -27,7 +27,9 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class CatalogServiceStub:
-    """Read-only. Needs a token of role CONSUMER or ADMIN, or a worker credential."""
+    """Read-only. Needs a token of role CONSUMER or ADMIN, or none where the catalog is public. Never a worker's credential:
+    who trains an expert does not see what it is judged on. Shards need a token always.
+    """
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
@@ -49,7 +51,9 @@ class CatalogServiceStub:
 
 @_typing.type_check_only
 class CatalogServiceAsyncStub(CatalogServiceStub):
-    """Read-only. Needs a token of role CONSUMER or ADMIN, or a worker credential."""
+    """Read-only. Needs a token of role CONSUMER or ADMIN, or none where the catalog is public. Never a worker's credential:
+    who trains an expert does not see what it is judged on. Shards need a token always.
+    """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     ListRuns: _aio.UnaryUnaryMultiCallable[_catalog_service_pb2.ListRunsRequest, _catalog_service_pb2.ListRunsResponse]  # type: ignore[assignment]
@@ -67,7 +71,9 @@ class CatalogServiceAsyncStub(CatalogServiceStub):
     """Texts to cluster weights, by the run's own clustering model."""
 
 class CatalogServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Read-only. Needs a token of role CONSUMER or ADMIN, or a worker credential."""
+    """Read-only. Needs a token of role CONSUMER or ADMIN, or none where the catalog is public. Never a worker's credential:
+    who trains an expert does not see what it is judged on. Shards need a token always.
+    """
 
     @_abc_1.abstractmethod
     def ListRuns(
