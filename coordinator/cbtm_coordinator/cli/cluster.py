@@ -11,7 +11,7 @@ from cbtm_common.errors import InvalidArgument, NotFound
 from cbtm_coordinator.cli.options import AdminToken, Coordinator, DataDir, Json, open_connection
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
-Run = Annotated[str | None, typer.Option("--run", help="The run [default: the only one].")]
+Run = Annotated[str | None, typer.Option("--run", help="The run (default: the only one).")]
 
 
 def find_run(connection: Any, run: str | None) -> str:

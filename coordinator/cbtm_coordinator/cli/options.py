@@ -14,15 +14,15 @@ if TYPE_CHECKING:
 
 DataDir = Annotated[
     Path | None,
-    typer.Option("--data-dir", envvar="CBTM_DATA_DIR", help="The coordinator's data folder [default: cbtm-data]."),
+    typer.Option("--data-dir", envvar="CBTM_DATA_DIR", help="The coordinator's data folder (default: cbtm-data)."),
 ]
 Coordinator = Annotated[
     str | None,
-    typer.Option(envvar="CBTM_COORDINATOR", help="HOST:PORT [default: what serves the data folder]."),
+    typer.Option(envvar="CBTM_COORDINATOR", help="HOST:PORT (default: what serves the data folder)."),
 ]
 AdminToken = Annotated[
     str | None,
-    typer.Option("--token", envvar="CBTM_TOKEN", help="Admin token [default: the data folder's]."),
+    typer.Option("--token", envvar="CBTM_TOKEN", help="Admin token (default: the data folder's)."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="JSON instead of a table.")]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]

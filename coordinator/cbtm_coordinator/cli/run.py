@@ -25,14 +25,14 @@ def create(
     ] = None,
     from_scratch: Annotated[Path | None, typer.Option(help="Model config (JSON) to train a seed from first.")] = None,
     tokenizer: Annotated[
-        str | None, typer.Option(help="Hub id or folder [default: the seed model's, or one trained on the corpus].")
+        str | None, typer.Option(help="Hub id or folder (default: the seed model's, or one trained on the corpus).")
     ] = None,
     text_field: Annotated[str, typer.Option(help="Field of the text in JSONL and Parquet.")] = "text",
     id_field: Annotated[str | None, typer.Option(help="Field of a document's id.")] = None,
     baseline: Annotated[bool, typer.Option("--baseline", help="Also make a dense run beside it.")] = False,
     sample: Annotated[int, typer.Option(help="Documents that the clustering is fitted on, at most.")] = 50_000,
     work_dir: Annotated[
-        Path | None, typer.Option(help="Folder for intermediate files [default: a temporary one].")
+        Path | None, typer.Option(help="Folder for intermediate files (default: a temporary one).")
     ] = None,
     coordinator: Coordinator = None,
     token: AdminToken = None,
@@ -83,7 +83,7 @@ def list_runs(
 @app.command()
 def baseline(
     run: str,
-    name: Annotated[str, typer.Option(help="Its name [default: RUN-dense].")] = "",
+    name: Annotated[str, typer.Option(help="Its name (default: RUN-dense).")] = "",
     coordinator: Coordinator = None,
     token: AdminToken = None,
     data_dir: DataDir = None,

@@ -12,7 +12,7 @@ from cbtm_coordinator.cli.options import DataDir
 _LOG_LEVELS = ("debug", "info", "warning", "error")
 
 DatabaseUrl = Annotated[
-    str | None, typer.Option(help="postgresql://USER:PASSWORD@HOST/DB [default: SQLite in the data folder].")
+    str | None, typer.Option(help="postgresql://USER:PASSWORD@HOST/DB (default: SQLite in the data folder).")
 ]
 
 
@@ -36,13 +36,13 @@ def init(data_dir: DataDir = None, database_url: DatabaseUrl = None) -> None:
 
 def serve(
     data_dir: DataDir = None,
-    host: Annotated[str | None, typer.Option(help="Interface to listen on [default: all].")] = None,
-    port: Annotated[int | None, typer.Option(help="gRPC port; 0 takes a free one [default: 50051].")] = None,
-    http_port: Annotated[int | None, typer.Option(help="HTTP port of the object endpoint [default: 8080].")] = None,
+    host: Annotated[str | None, typer.Option(help="Interface to listen on (default: all).")] = None,
+    port: Annotated[int | None, typer.Option(help="gRPC port; 0 takes a free one (default: 50051).")] = None,
+    http_port: Annotated[int | None, typer.Option(help="HTTP port of the object endpoint (default: 8080).")] = None,
     advertise_host: Annotated[str | None, typer.Option(help="Host that volunteers connect to.")] = None,
     public_http_url: Annotated[str | None, typer.Option(help="URL of the HTTP endpoint behind a proxy.")] = None,
     database_url: DatabaseUrl = None,
-    object_store: Annotated[str | None, typer.Option(help="local, or s3://BUCKET/PREFIX [default: local].")] = None,
+    object_store: Annotated[str | None, typer.Option(help="local, or s3://BUCKET/PREFIX (default: local).")] = None,
     s3_endpoint_url: Annotated[str | None, typer.Option(help="Endpoint of the S3-compatible store.")] = None,
     s3_public_endpoint_url: Annotated[str | None, typer.Option(help="The same, as workers reach it.")] = None,
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "warning",

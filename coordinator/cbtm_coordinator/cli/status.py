@@ -24,7 +24,7 @@ _WATCH_SECONDS = 2.0
 
 
 def status(
-    run: Annotated[str | None, typer.Argument(help="A run by name or id [default: all of them].")] = None,
+    run: Annotated[str | None, typer.Argument(help="A run by name or id (default: all of them).")] = None,
     watch: Annotated[bool, typer.Option("--watch", "-w", help="Keep it up to date; Ctrl-C ends.")] = False,
     coordinator: Coordinator = None,
     token: AdminToken = None,

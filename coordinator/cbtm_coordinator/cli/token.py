@@ -19,7 +19,7 @@ _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
 def create(
     role: Annotated[str, typer.Option(help="worker (to join), consumer (to read) or admin.")] = "worker",
     label: Annotated[str, typer.Option(help="Whom it is for.")] = "",
-    expires: Annotated[str | None, typer.Option(help="Such as 12h, 7d, 4w [default: never].")] = None,
+    expires: Annotated[str | None, typer.Option(help="Such as 12h, 7d, 4w (default: never).")] = None,
     uses: Annotated[int, typer.Option(help="How many machines may join with it; 0 for any number.")] = 0,
     coordinator: Coordinator = None,
     token: AdminToken = None,
