@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from cbtm._config import CbtmConfig
     from cbtm._ensemble import Ensemble
     from cbtm._evaluate import Evaluation, evaluate, evaluate_run
+    from cbtm._merge import MergeMethod, merge
     from cbtm._model import CbtmForCausalLM
     from cbtm._parts import ClusterInfo
     from cbtm._results import ClusterWeight, Generation, HeldOutDocument, PerplexityResult, Routing, Score
@@ -54,6 +55,7 @@ _HOME = {
     "IntegrityError": "cbtm_common.errors",
     "InvalidArgument": "cbtm_common.errors",
     "InvalidState": "cbtm_common.errors",
+    "MergeMethod": "cbtm._merge",
     "NotFound": "cbtm_common.errors",
     "PermissionDenied": "cbtm_common.errors",
     "PerplexityResult": "cbtm._results",
@@ -67,6 +69,7 @@ _HOME = {
     "Unavailable": "cbtm_common.errors",
     "evaluate": "cbtm._evaluate",
     "evaluate_run": "cbtm._evaluate",
+    "merge": "cbtm._merge",
 }
 
 __all__ = [
@@ -84,6 +87,7 @@ __all__ = [
     "IntegrityError",
     "InvalidArgument",
     "InvalidState",
+    "MergeMethod",
     "NotFound",
     "PermissionDenied",
     "PerplexityResult",
@@ -97,6 +101,7 @@ __all__ = [
     "Unavailable",
     "evaluate",
     "evaluate_run",
+    "merge",
 ]
 
 

@@ -2,6 +2,7 @@
 
     cbtm eval      held-out perplexity: seed, dense, each expert, mixtures
     cbtm generate  continue a prompt
+    cbtm merge     the experts as one ordinary model
     cbtm route     where texts go
     cbtm save      a run's experts into one folder, to use with no coordinator
 
@@ -170,6 +171,47 @@ def generate_command(
             _write("\n" if live else f"{result.completion}\n")
 
 
+@app.command("merge")
+def merge_command(
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write, a plain Hugging Face model.")],
+    method: Annotated[
+        str,
+        typer.Option(help="average: of all parameters; weighted: for a text; moe: feed-forward layers become experts."),
+    ],
+    text: Annotated[list[str] | None, typer.Option(help="A text, for weighted; may be given again.")] = None,
+    texts: Annotated[
+        Path | None, typer.Option(help="File of texts, for weighted and moe: .jsonl, or one on each line.")
+    ] = None,
+    text_field: Annotated[str, typer.Option(help="Field of the JSON lines.")] = "text",
+    top_k: Annotated[int | None, typer.Option("--top-k", help="Experts for each token, of moe.")] = None,
+    folder: _Folder = None,
+    coordinator: _Coordinator = None,
+    run: _Run = None,
+    token: _Token = None,
+    cache_dir: _Cache = None,
+    as_json: _Json = False,
+) -> None:
+    """Collapse the experts into one ordinary model, that transformers loads without cbtm.
+
+    average and weighted work for every architecture; moe for llama and mistral (written as mixtral) and qwen3
+    (qwen3_moe). An average is not the ensemble, and a mixture of experts is a start for more training.
+    """
+    from rich.console import Console
+
+    from cbtm._merge import merge
+
+    given = [*(text or ()), *(read_lines(texts, text_field) if texts is not None else ())]
+    with _open(folder, coordinator, run, token, cache_dir) as model:
+        with Console(stderr=True).status("opening") as status:
+            merge(model, output, method=method, texts=given, top_k=top_k, report=status.update)  # type: ignore[arg-type]
+        experts = len(model.clusters)
+    architecture = json.loads((output / "config.json").read_text("utf-8"))["architectures"][0]
+    if as_json:
+        show_json({"path": str(output), "method": method, "experts": experts, "architecture": architecture})
+    else:
+        _write(f"{output}: {experts} experts as one {architecture}\n")
+
+
 @app.command("route")
 def route_command(
     texts: Annotated[list[str], typer.Argument(help="Texts, each on its own; - reads one a line from standard input.")],
@@ -257,6 +299,12 @@ def read_texts(path: Path, field: str) -> Iterator[str]:
         raise InvalidArgument(f"texts: there is no file {path}", field="texts") from None
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidArgument(f"texts: {path} cannot be read: {error}", field="texts") from error
+
+
+def read_lines(path: Path, field: str) -> Iterator[str]:
+    """Texts of a JSON-lines file, or the lines of a text file, blank ones left out. Raises InvalidArgument."""
+    for text in read_texts(path, field):
+        yield from [text] if path.suffix == ".jsonl" else (line for line in text.splitlines() if line.strip())
 
 
 def _field_of(line: str, field: str, *, where: str) -> str:

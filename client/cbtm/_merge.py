@@ -13,23 +13,31 @@
 | llama, mistral | MixtralForCausalLM | no biases |
 | qwen3 | Qwen3MoeForCausalLM | no biases |
 
-Nothing here loads more than one tensor of each expert at a time, but for the gate, which runs the averaged model.
+`merge` does both from an ensemble. The result is held in memory until it is written; of the experts, one tensor each at
+a time. The gate runs the averaged model.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, Literal
 
+from cbtm._folder import tokenizer_files
 from cbtm._weights import TensorDirectory
-from cbtm_common.errors import InvalidArgument
+from cbtm_common.errors import AlreadyExists, InvalidArgument
 
 if TYPE_CHECKING:
     import torch
+
+    from cbtm._ensemble import Ensemble
 
 # From these safetensors fit one file; a larger model is sharded, as transformers does it.
 _MAX_SHARD_BYTES = 5_000_000_000
@@ -62,6 +70,78 @@ _QWEN3_MOE = _MoeFamily(
     gate="mlp.gate.weight",
 )
 MOE_FAMILIES: Mapping[str, _MoeFamily] = {"llama": _MIXTRAL, "mistral": _MIXTRAL, "qwen3": _QWEN3_MOE}
+
+
+class MergeMethod(StrEnum):
+    AVERAGE = "average"
+    # Average, with the weights of a text.
+    WEIGHTED = "weighted"
+    MOE = "moe"
+
+
+def merge(
+    model: Ensemble,
+    output: str | os.PathLike[str],
+    *,
+    method: MergeMethod | Literal["average", "weighted", "moe"],
+    texts: Sequence[str] = (),
+    top_k: int | None = None,
+    report: Callable[[str], None] = lambda _: None,
+) -> None:
+    """Writes one ordinary model of `model`'s experts, with their tokenizer, to the new folder `output`.
+
+    `texts`: for "weighted", those to be good at, each with its routing weights at the ensemble's own top k (the mean
+    is taken); for "moe", some of every cluster's kind, each going to the cluster that the router finds nearest. `top_k`
+    is "moe"'s number of experts for each token; default the ensemble's. `report` is told of each step.
+
+    Raises InvalidArgument for an architecture that the method does not work for, and for a cluster without a text;
+    AlreadyExists when something is at `output`.
+    """
+    try:
+        chosen = MergeMethod(method)
+    except ValueError:
+        raise InvalidArgument(f"method: {method!r} is not one of {', '.join(MergeMethod)}", field="method") from None
+    given = [text for text in texts if text.strip()]
+    if (chosen is MergeMethod.AVERAGE) == bool(given):
+        raise InvalidArgument(
+            "texts: method 'average' takes none" if given else f"texts: method '{chosen}' needs some", field="texts"
+        )
+    if top_k is not None and chosen is not MergeMethod.MOE:
+        raise InvalidArgument(f"top_k: it goes with method 'moe', not '{chosen}'", field="top_k")
+    target = Path(output)
+    if target.exists():
+        raise AlreadyExists(f"{target} exists; choose another folder")
+    report("fetching experts")
+    experts = [source.directory() for source in model.pool.sources]
+    target.parent.mkdir(parents=True, exist_ok=True)
+    building = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.new")
+    try:
+        if chosen is MergeMethod.MOE:
+            mixture_of_experts(
+                experts,
+                building,
+                tokenizer=model.parts.tokenizer_dir,
+                cluster_texts=_by_cluster(model, given),
+                top_k=top_k or model.routing.top_k or len(experts),
+                report=report,
+            )
+        else:
+            report("averaging")
+            weights = model.context_router.text_weights(given).mean(axis=0).tolist() if given else None
+            average(experts, building, weights=weights)
+        for file in tokenizer_files(model.parts.tokenizer_dir):
+            shutil.copyfile(file, building / file.name)
+        building.rename(target)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+def _by_cluster(model: Ensemble, texts: Sequence[str]) -> list[list[str]]:
+    nearest = model.context_router.router.weights(texts, top_k=1).argmax(axis=1).tolist()
+    found: list[list[str]] = [[] for _ in model.clusters]
+    for text, cluster in zip(texts, nearest, strict=True):
+        found[cluster].append(text)
+    return found
 
 
 def average(experts: Sequence[Path], output: Path, *, weights: Sequence[float] | None = None) -> None:
@@ -105,9 +185,11 @@ def mixture_of_experts(
     _check_alike(sources)
     shares = _shares(len(experts), None)
     report("averaging attention, embeddings and norms")
-    average(experts, output, weights=None)
-    report("measuring what each layer's gate sees on each cluster")
-    gates = _gates(output, tokenizer, cluster_texts)
+    with TemporaryDirectory() as scratch:
+        averaged = Path(scratch) / "average"
+        average(experts, averaged, weights=None)
+        report("measuring what each layer's gate sees on each cluster")
+        gates = _gates(averaged, tokenizer, cluster_texts)
     tensors: dict[str, torch.Tensor] = {}
     for name in sources[0]:
         layer, kind = _feed_forward(name)
@@ -120,7 +202,6 @@ def mixture_of_experts(
     for layer, gate_KD in enumerate(gates):
         dtype = sources[0][f"model.layers.{layer}.mlp.gate_proj.weight"].dtype
         tensors[f"model.layers.{layer}.{family.gate}"] = gate_KD.to(dtype)
-    shutil.rmtree(output)
     _write(output, tensors)
     _copy_plain_files(experts[0], output)
     _moe_config(config, family, experts=len(experts), top_k=top_k).save_pretrained(output)
@@ -190,8 +271,8 @@ def _gates(model_dir: Path, tokenizer_dir: Path, cluster_texts: Sequence[Sequenc
     with torch.no_grad():
         for texts in cluster_texts:
             for text in texts:
-                ids = tokenizer(text, return_tensors="pt", truncation=True, max_length=context)["input_ids"]
-                model(input_ids=ids, use_cache=False)
+                ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"][:context]
+                model(input_ids=torch.tensor([ids]), use_cache=False)
             for layer, values in enumerate(seen):
                 means[layer].append(torch.stack(values).mean(0))
                 values.clear()

@@ -45,11 +45,13 @@ class MixtureCache(Cache):
         # Columns of input_ids read so far, padding included.
         self.columns = 0
 
-    def decoder(self, ensemble: Ensemble, rows: int) -> MixtureDecoder:
-        """Made with the first tokens, which tell how many rows there are."""
+    def read(self, ensemble: Ensemble, rows: list[list[int]], *, keep: int, columns: int) -> torch.Tensor:
+        """More tokens for each row; log-probabilities after each of the last `keep`, [B, keep, V]."""
         if self._decoder is None:
-            self._decoder = MixtureDecoder(ensemble.pool, ensemble.context_router, [[] for _ in range(rows)])
-        return self._decoder
+            # Only the first tokens tell how many rows there are.
+            self._decoder = MixtureDecoder(ensemble.pool, ensemble.context_router, [[] for _ in rows])
+        self.columns += columns
+        return self._decoder.extend(rows, keep)
 
     @property
     def lengths(self) -> list[int]:
@@ -245,42 +247,41 @@ class CbtmForCausalLM(PreTrainedModel, GenerationMixin):
                 field="past_key_values",
             )
         T = input_ids.shape[1]
-        columns = torch.arange(T)[-logits_to_keep:] if isinstance(logits_to_keep, int) else logits_to_keep.cpu()
         rows = input_ids.tolist()
         mask_BT = None if attention_mask is None else attention_mask[:, -T:].cpu().bool()
         if mask_BT is not None and bool(mask_BT.all()):
             mask_BT = None
         if mask_BT is not None:
-            rows = [
-                [i for i, real in zip(row, m, strict=True) if real]
-                for row, m in zip(rows, mask_BT.tolist(), strict=True)
-            ]
+            both = zip(rows, mask_BT.tolist(), strict=True)
+            rows = [[token for token, real in zip(row, mask, strict=True) if real] for row, mask in both]
         self._check(rows, past_key_values)
-        # Which of its new tokens each kept column stands after, [B, C]; -1 before the first.
-        after_BC = columns.expand(len(rows), -1) if mask_BT is None else mask_BT.long().cumsum(-1)[:, columns] - 1
-        if past_key_values is not None or use_cache:
-            logits, past_key_values = self._with_cache(rows, after_BC, past_key_values, T)
+        if use_cache and past_key_values is None:
+            past_key_values = MixtureCache()
+        if past_key_values is not None and mask_BT is None and isinstance(logits_to_keep, int):
+            # A step of generation: no time for what follows.
+            logits = past_key_values.read(self.ensemble, rows, keep=min(logits_to_keep or T, T), columns=T)
         else:
-            logits = self._without_cache(rows, after_BC)
+            columns = torch.arange(T)[-logits_to_keep:] if isinstance(logits_to_keep, int) else logits_to_keep.cpu()
+            # Which of its new tokens each kept column stands after, [B, C]; -1 before the first.
+            after_BC = columns.expand(len(rows), -1) if mask_BT is None else mask_BT.long().cumsum(-1)[:, columns] - 1
+            if past_key_values is not None:
+                logits = self._with_cache(rows, after_BC, past_key_values, T)
+            else:
+                logits = self._without_cache(rows, after_BC)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels.to(logits.device), vocab_size=logits.shape[-1])
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
 
     def _with_cache(
-        self, rows: list[list[int]], after_BC: torch.Tensor, cache: MixtureCache | None, columns: int
-    ) -> tuple[torch.Tensor, MixtureCache]:
-        cache = MixtureCache() if cache is None else cache
+        self, rows: list[list[int]], after_BC: torch.Tensor, cache: MixtureCache, columns: int
+    ) -> torch.Tensor:
         # Counted from the last token, of which all rows have one.
         back_BC = torch.tensor([len(row) for row in rows]).unsqueeze(-1) - 1 - after_BC
         keep = int(back_BC[after_BC >= 0].max()) + 1 if bool((after_BC >= 0).any()) else 1
-        log_probs_BMV = cache.decoder(self.ensemble, len(rows)).extend(rows, keep)
-        cache.columns += columns
-        if keep == after_BC.shape[1] and bool((back_BC == torch.arange(keep - 1, -1, -1)).all()):
-            return log_probs_BMV, cache
-        flat_NV = log_probs_BMV.flatten(0, 1)
+        log_probs_BMV = cache.read(self.ensemble, rows, keep=keep, columns=columns)
         at_BC = torch.arange(len(rows)).unsqueeze(-1) * keep + keep - 1 - back_BC
-        return _gathered(flat_NV, at_BC, after_BC), cache
+        return _gathered(log_probs_BMV.flatten(0, 1), at_BC, after_BC)
 
     def _without_cache(self, rows: list[list[int]], after_BC: torch.Tensor) -> torch.Tensor:
         firsts = [int(after_C.clamp(min=0).min()) for after_C in after_BC]

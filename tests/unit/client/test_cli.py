@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from cbtm._cli import _numbers, app, read_texts
+from cbtm._cli import _numbers, app, read_lines, read_texts
 from cbtm_common.errors import InvalidArgument
 
 
@@ -26,6 +26,15 @@ def test_any_other_file_is_one_text(tmp_path: Path) -> None:
     path = tmp_path / "text.txt"
     path.write_text("one\ntwo\n")
     assert list(read_texts(path, "text")) == ["one\ntwo\n"]
+
+
+def test_a_file_of_many_texts_has_one_on_each_line_but_blank_ones(tmp_path: Path) -> None:
+    path = tmp_path / "text.txt"
+    path.write_text("one\n\n  \ntwo\n")
+    assert list(read_lines(path, "text")) == ["one", "two"]
+    lines = tmp_path / "texts.jsonl"
+    lines.write_text('{"text": "one\\ntwo"}\n')
+    assert list(read_lines(lines, "text")) == ["one\ntwo"]
 
 
 @pytest.mark.parametrize(

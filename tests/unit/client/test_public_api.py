@@ -43,5 +43,5 @@ def test_help_is_quick_and_names_every_command() -> None:
         text=True,
     ).stdout
     assert time.monotonic() - started < 5  # a bound for busy machines; it takes a tenth of that
-    for command in ("eval", "generate", "route", "save"):
+    for command in ("eval", "generate", "merge", "route", "save"):
         assert command in shown
