@@ -2,21 +2,26 @@
 
     python -m bench.checkpointing [--quick]
 
-A real trainer on this machine's CPU, a real coordinator, its HTTP object endpoint, and the worker's own heartbeat and
-uploader: each checkpoint is written, sent, verified and committed while training goes on. Spells with and without
-checkpoints alternate in one process, and the ratio is taken pair by pair, so that a drifting machine does not decide.
+A real trainer, a real coordinator, its HTTP object endpoint, and the worker's own heartbeat and uploader: each
+checkpoint is written, hashed, sent, verified and committed while training goes on, and a spell lasts until its
+checkpoint is committed, so that no work is put off beyond what is timed. The coordinator, in life another machine, has
+one core to itself; worker and training share all others, which training keeps busy. Spells with and without checkpoints
+alternate in one process, and each with one is compared with the halves before and after it, so that a drifting machine
+does not decide. Linux.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import time
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import numpy as np
+import torch
 
 from bench.coordinator import fill, make_workers
 from bench.processes import RunningCoordinator, running_coordinator
@@ -30,7 +35,7 @@ from cbtm_common.transfer import Transfer
 from cbtm_coordinator.store import Store
 from cbtm_worker.heartbeat import Heartbeat
 from cbtm_worker.session import Held, Session
-from cbtm_worker.train import Trainer, TrainJob
+from cbtm_worker.train import Snapshot, Trainer, TrainJob
 from cbtm_worker.uploader import Uploader
 
 VOCABULARY = 4096
@@ -61,20 +66,42 @@ def make_shard(path: Path) -> None:
     write_shard(path, ids, np.arange(0, len(ids), 1000), vocab_size=VOCABULARY, eos_token_id=0)
 
 
-def spell(trainer: Any, seconds: float, checkpoint: Any) -> tuple[float, list[float]]:
-    """Trains for `seconds`: (tokens a second, pauses of the snapshots taken). `checkpoint()` begins the spell."""
+@dataclass(frozen=True, kw_only=True)
+class Spell:
+    """A stretch of training. With a checkpoint: seconds that its snapshot took, and until it was committed."""
+
+    tokens_per_second: float
+    pause: float = 0.0
+    committed: float = 0.0
+
+
+def spell(trainer: Trainer, seconds: float) -> Spell:
     started = time.perf_counter()
-    pauses = []
-    if checkpoint is not None:
-        checkpoint()
-        pauses.append(time.perf_counter() - started)
     tokens = 0
     while time.perf_counter() - started < seconds:
         tokens += trainer.train_step().tokens
-    return tokens / (time.perf_counter() - started), pauses
+    return Spell(tokens_per_second=tokens / (time.perf_counter() - started))
 
 
-def plain_copy_seconds(snapshot: Any) -> float:
+def spell_with_checkpoint(trainer: Trainer, seconds: float, uploader: Uploader) -> Spell:
+    """Begins with a checkpoint; lasts until that is committed, and `seconds` at least."""
+    started = time.perf_counter()
+    step = trainer.step
+    snapshot = trainer.snapshot()
+    pause = time.perf_counter() - started
+    uploader.submit(snapshot, step=step, final=False, metrics={})
+    # It holds as much memory as a checkpoint has bytes.
+    del snapshot
+    tokens, committed = 0, 0.0
+    while time.perf_counter() - started < seconds or not committed:
+        tokens += trainer.train_step().tokens
+        uploader.check()
+        if not committed and uploader.committed_step == step:
+            committed = time.perf_counter() - started
+    return Spell(tokens_per_second=tokens / (time.perf_counter() - started), pause=pause, committed=committed)
+
+
+def plain_copy_seconds(snapshot: Snapshot) -> float:
     """The same bytes copied by torch, into memory that is there already."""
     tensors = {t.data_ptr(): t for t in [*snapshot.weights.values(), *(snapshot.optimizer or {}).values()]}
     targets = [t.clone() for t in tensors.values()]
@@ -84,10 +111,9 @@ def plain_copy_seconds(snapshot: Any) -> float:
     return time.perf_counter() - started
 
 
-def measure(report: Report, coordinator: RunningCoordinator, scratch: Path, *, quick: bool) -> None:
-    hidden, layers = (256, 4) if quick else (512, 8)
+def measure(report: Report, coordinator: RunningCoordinator, scratch: Path, *, quick: bool, repetitions: int) -> None:
+    hidden, layers = (256, 4) if quick else (384, 6)
     interval = 6.0 if quick else 30.0
-    pairs = 3 if quick else 5
     parameters = make_model(scratch / "model", hidden=hidden, layers=layers)
     make_shard(scratch / "shard.safetensors")
     store = Store(f"sqlite:///{coordinator.data_dir / 'registry.db'}")
@@ -119,19 +145,17 @@ def measure(report: Report, coordinator: RunningCoordinator, scratch: Path, *, q
                 )
             )
         )
-
-        def checkpoint() -> None:
-            uploader.submit(trainer.snapshot(), step=trainer.step, final=False, metrics={})
-
         trainer.train_step()
-        spell(trainer, 2.0, None)
-        ratios, pauses = [], []
-        for _ in range(pairs):
-            without, _ = spell(trainer, interval, None)
-            with_one, found = spell(trainer, interval, checkpoint)
-            uploader.flush()
-            ratios.append(with_one / without)
-            pauses += found
+        # The first checkpoint makes connections, and imports.
+        spell_with_checkpoint(trainer, 2.0, uploader)
+        ratios, pauses, committed = [], [], []
+        for _ in range(repetitions):
+            before = spell(trainer, interval / 2)
+            with_one = spell_with_checkpoint(trainer, interval, uploader)
+            after = spell(trainer, interval / 2)
+            ratios.append(2 * with_one.tokens_per_second / (before.tokens_per_second + after.tokens_per_second))
+            pauses.append(with_one.pause)
+            committed.append(with_one.committed)
         snapshot = trainer.snapshot()
         copied = float(np.median([plain_copy_seconds(snapshot) for _ in range(3)]))
     megabytes = snapshot.nbytes / 2**20
@@ -141,6 +165,7 @@ def measure(report: Report, coordinator: RunningCoordinator, scratch: Path, *, q
     report.add("pause of one snapshot", 1000 * float(np.median(pauses)), "ms")
     report.add("a plain copy of the same bytes", 1000 * copied, "ms")
     report.add("pause against the plain copy", float(np.median(pauses)) / copied, "x")
+    report.add("from a snapshot to its commit", float(np.median(committed)), "s", bar=interval, sense="at most")
     report.add("size of a checkpoint", megabytes, "MiB")
     report.add("parameters", parameters, "")
 
@@ -148,10 +173,22 @@ def measure(report: Report, coordinator: RunningCoordinator, scratch: Path, *, q
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="a smaller model and shorter spells, under 60 s")
+    parser.add_argument("--repetitions", type=int, help="spells with a checkpoint; 7, or 3 with --quick")
     options = parser.parse_args()
+    *ours, last = sorted(os.sched_getaffinity(0))
+    if not ours:
+        parser.error("two cores are needed, one of them for the coordinator")
+    os.sched_setaffinity(0, ours)
+    torch.set_num_threads(len(ours))
     report = Report(bench="checkpointing")
-    with TemporaryDirectory() as folder, running_coordinator(Path(folder) / "coordinator") as coordinator:
-        measure(report, coordinator, Path(folder), quick=options.quick)
+    with TemporaryDirectory() as folder, running_coordinator(Path(folder) / "coordinator", cores=[last]) as coordinator:
+        measure(
+            report,
+            coordinator,
+            Path(folder),
+            quick=options.quick,
+            repetitions=options.repetitions or (3 if options.quick else 7),
+        )
     report.finish()
 
 

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,8 +27,13 @@ class RunningCoordinator:
 
 
 @contextmanager
-def running_coordinator(data_dir: Path, environment: dict[str, str] | None = None) -> Iterator[RunningCoordinator]:
-    """`cbtm-coord init` and `serve` on free ports; SIGTERM at the end."""
+def running_coordinator(
+    data_dir: Path, environment: dict[str, str] | None = None, *, cores: Collection[int] | None = None
+) -> Iterator[RunningCoordinator]:
+    """`cbtm-coord init` and `serve` on free ports; SIGTERM at the end.
+
+    `cores`: the only ones it may use, where it stands for a coordinator on another machine (Linux).
+    """
     program = str(Path(sys.executable).parent / "cbtm-coord")
     variables = {**os.environ, **(environment or {}), "CBTM_DATA_DIR": str(data_dir)}
     subprocess.run([program, "init"], env=variables, check=True, stdout=subprocess.DEVNULL)
@@ -40,6 +45,9 @@ def running_coordinator(data_dir: Path, environment: dict[str, str] | None = Non
             stdout=log,
             stderr=subprocess.STDOUT,
         )
+    if cores is not None:
+        # Before its threads begin, which get what it has.
+        os.sched_setaffinity(process.pid, cores)
     try:
         found = None
         deadline = time.monotonic() + _READY_SECONDS

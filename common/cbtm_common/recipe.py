@@ -64,11 +64,20 @@ class SeedRecipe(_Strict):
 
 
 class LeaseRecipe(_Strict):
-    """Bounds on leases, in seconds. They do not touch the mathematics."""
+    """Bounds on leases, in seconds. They do not touch the mathematics.
+
+    Each lease begins with `lease_seconds`, `checkpoint_seconds` and `stall_seconds`. What a worker is measured to need
+    makes them longer, up to their `max_`; one that is below its minimum counts as equal to it.
+    """
 
     lease_seconds: float = Field(default=120.0, ge=2)
+    max_lease_seconds: float = Field(default=1800.0, ge=2)
     renew_seconds: float = Field(default=30.0, ge=0.2)
-    checkpoint_seconds: float = Field(default=600.0, ge=1)
+    checkpoint_seconds: float = Field(default=600.0, ge=0.2)
+    max_checkpoint_seconds: float = Field(default=14_400.0, ge=1)
+    # A worker that renews without a step or a byte of progress for so long is taken to hang.
+    stall_seconds: float = Field(default=600.0, ge=1)
+    max_stall_seconds: float = Field(default=14_400.0, ge=1)
     max_attempts: int = Field(default=5, ge=1)
 
     @model_validator(mode="after")

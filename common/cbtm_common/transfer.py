@@ -11,7 +11,6 @@ Not here: what to transfer, and new URLs for expired ones (`UrlExpired` says whe
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 import random
@@ -36,6 +35,8 @@ from cbtm_common.errors import (
     ResourceExhausted,
     Unavailable,
 )
+from cbtm_common.faults import point
+from cbtm_common.files import is_disk_full
 from cbtm_common.rpc import RetryPolicy
 
 _CHUNK = 1 << 18
@@ -115,7 +116,9 @@ class Transfer:
             finally:
                 partial.close()
             if not wrong:
+                point("transfer.download.before_rename")
                 os.replace(partial.path, destination)
+                point("transfer.download.after_rename")
                 return
             partial.path.unlink()
             # What an earlier process left may have been of something else; what came whole just now was not.
@@ -164,7 +167,9 @@ class Transfer:
             headers = {**request.headers, "content-length": str(size)}
             _check(self._client.request(request.method, self._url(request), headers=headers, content=body))
 
+        point("transfer.upload.before_put")
         self._retry(attempt, stop)
+        point("transfer.upload.after_put")
 
     def _fetch(self, download: pb.Download, partial: _Partial, on_bytes: OnBytes, stop: _Stop) -> None:
         """One attempt at what is missing."""
@@ -349,7 +354,7 @@ def _check(response: httpx.Response) -> None:
 
 
 def _disk_error(error: OSError, path: Path) -> Exception:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if is_disk_full(error):
         return ResourceExhausted(f"{path.parent}: the disk is full; free some space and try again")
     return error
 

@@ -6,11 +6,11 @@ import os
 import signal
 import socket
 import sys
-import threading
 from types import FrameType
 
 from rich.console import Console
 
+from cbtm_common.signals import SignalFlag
 from cbtm_coordinator.config import ADDRESS_NAME, JOIN_TOKEN_NAME, CoordinatorConfig
 from cbtm_coordinator.server import Coordinator
 
@@ -19,7 +19,7 @@ _ALL_INTERFACES = ("0.0.0.0", "::")  # noqa: S104  # compared
 
 def run_until_signalled(config: CoordinatorConfig) -> int:
     """Serves until SIGTERM or SIGINT; the exit code of the process."""
-    stop = threading.Event()
+    stop = SignalFlag()
 
     def on_signal(number: int, frame: FrameType | None) -> None:
         if stop.is_set():

@@ -37,20 +37,27 @@ _EOS = 0
 
 
 def make_run(
-    admin: Connection, folder: Path, *, name: str = "web", clusters: int = 2, recipe: Recipe = RECIPE
+    admin: Connection,
+    folder: Path,
+    *,
+    name: str = "web",
+    clusters: int = 2,
+    recipe: Recipe = RECIPE,
+    start: bool = True,
 ) -> pb.Run:
-    """A run in TRAINING with one training and one held-out shard for each cluster."""
+    """A run in TRAINING with one training and one held-out shard for each cluster; without `start`, still a DRAFT."""
     run = create_run(admin, name=name, clusters=clusters, recipe=recipe)
     work = folder / name
     with Transfer(base_url=lambda: admin.http_base) as transfer:
         for kind, made in _run_files(run, work, clusters).items():
             _send(admin, transfer, run, kind, made)
-        new = _clusters(work / "shards", clusters)
-        _send(admin, transfer, run, ad.RUN_FILE_KIND_SHARD, work / "shards")
+    new = new_clusters(admin, run, work / "shards", clusters)
     register = ad.RegisterClustersRequest(request_id=new_request_id(), run_id=run.id, clusters=new)
     admin.admin.RegisterClusters(register)
-    start = ad.StartRunRequest(request_id=new_request_id(), run_id=run.id, model_parameters=25)
-    return admin.admin.StartRun(start).run
+    if not start:
+        return run
+    begin = ad.StartRunRequest(request_id=new_request_id(), run_id=run.id, model_parameters=25)
+    return admin.admin.StartRun(begin).run
 
 
 def create_run(admin: Connection, *, name: str = "web", clusters: int = 2, recipe: Recipe = RECIPE) -> pb.Run:
@@ -59,6 +66,14 @@ def create_run(admin: Connection, *, name: str = "web", clusters: int = 2, recip
         request_id=new_request_id(), name=name, cluster_count=clusters, recipe_json=recipe.to_json()
     )
     return admin.admin.CreateRun(create).run
+
+
+def new_clusters(admin: Connection, run: pb.Run, folder: Path, clusters: int = 1) -> list[ad.NewCluster]:
+    """Clusters to register in a DRAFT, their shards sent."""
+    new = _clusters(folder, clusters)
+    with Transfer(base_url=lambda: admin.http_base) as transfer:
+        _send(admin, transfer, run, ad.RUN_FILE_KIND_SHARD, folder)
+    return new
 
 
 def _send(admin: Connection, transfer: Transfer, run: pb.Run, kind: ad.RunFileKind.ValueType, folder: Path) -> None:

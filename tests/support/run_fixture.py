@@ -29,8 +29,9 @@ from cbtm_api.v1 import admin_service_pb2 as ad
 from cbtm_api.v1 import catalog_service_pb2 as cs
 from cbtm_api.v1 import resources_pb2 as pb
 from cbtm_common.files import FileSpec
+from cbtm_common.recipe import Recipe
 from cbtm_common.rpc import Connection, connect
-from tests.support.zygote import THROTTLE_VARIABLE, Child, Zygote
+from tests.support.zygote import LINK_VARIABLE, SKEW_VARIABLE, THROTTLE_VARIABLE, Child, Zygote
 
 RUN = "small"
 CLUSTERS = 2
@@ -159,6 +160,8 @@ class Site:
 
     def __init__(self, folder: Path, *, empty: bool = False) -> None:
         self.folder = folder
+        # Of every process started here.
+        self.environment: dict[str, str] = {}
         self.data = folder / "coordinator"
         self.port, self.http_port = _free_port(), _free_port()
         self.target = f"127.0.0.1:{self.port}"
@@ -176,12 +179,14 @@ class Site:
         assert self._coordinator is not None, "the coordinator was not started"
         return self._coordinator
 
-    def start_coordinator(self, *, faults: str = "") -> Child:
-        """Starts it, again on the same ports if it ran before, and waits until it answers."""
+    def start_coordinator(self, *, faults: str = "", wait: bool = True) -> Child:
+        """Starts it, again on the same ports if it ran before, and waits until it answers, unless told not to."""
         serve = ["serve", "--data-dir", str(self.data), "--host", "127.0.0.1"]
         serve += ["--port", str(self.port), "--http-port", str(self.http_port), "--log-level", "info"]
         environment = {"CBTM_REAPER_SECONDS": "0.2", "CBTM_FAULTS": faults, "CBTM_THREADS": "8"}
         self._coordinator = self._spawn("cbtm-coord", serve, "coordinator", environment)
+        if not wait:
+            return self._coordinator
         address = self.target
         with connect(address, attempts=1) as probe:
             if not probe.wait_until_ready(30):
@@ -205,6 +210,8 @@ class Site:
         token: str | None = None,
         step_seconds: float = STEP_SECONDS,
         until_idle: bool = True,
+        clock_skew: float = 0.0,
+        link_speed: float | None = None,
     ) -> Child:
         """A worker with a cache folder of its own, or that of `slot`: then it is the same machine coming back."""
         join = ["join", "--coordinator", self.target, "--cache-dir", str(self.cache(slot or name)), "--name", name]
@@ -212,6 +219,8 @@ class Site:
         join += ["--token", self.join_token if token is None else token] if token != "" else []
         join += ["--until-idle"] if until_idle else []
         environment = {"CBTM_FAULTS": faults, THROTTLE_VARIABLE: str(step_seconds)}
+        environment |= {SKEW_VARIABLE: str(clock_skew)} if clock_skew else {}
+        environment |= {LINK_VARIABLE: str(link_speed)} if link_speed else {}
         return self._spawn("cbtm-worker", join, name, environment)
 
     def check_worker(self, *arguments: str, token: str | None = None) -> Child:
@@ -222,7 +231,7 @@ class Site:
 
     def _spawn(self, program: str, arguments: list[str], name: str, environment: dict[str, str]) -> Child:
         log = self.folder / "logs" / f"{len(self.children):02d}-{name}.log"
-        child = zygote().spawn(program, arguments, log, environment)
+        child = zygote().spawn(program, arguments, log, {**self.environment, **environment})
         self.children.append(child)
         return child
 
@@ -288,6 +297,14 @@ class Site:
     def logs(self) -> str:
         return "\n".join(f"--- {child.log.name}\n{child.output[-3000:]}" for child in self.children)
 
+    def set_lease(self, **fields: float) -> None:
+        """Changes the run's bounds on leases, which touch no weight. Before the coordinator starts."""
+        with contextlib.closing(sqlite3.connect(self.data / "registry.db")) as database, database:
+            (text,) = database.execute("SELECT recipe_json FROM runs WHERE name = ?", (RUN,)).fetchone()
+            recipe = Recipe.from_json(text)
+            changed = recipe.model_copy(update={"lease": recipe.lease.model_copy(update=fields)})
+            database.execute("UPDATE runs SET recipe_json = ? WHERE name = ?", (changed.to_json(), RUN))
+
     # What is on the coordinator's disk, also while it is dead
 
     def rows(self, query: str) -> list[sqlite3.Row]:
@@ -298,7 +315,8 @@ class Site:
     def check_registry(self) -> None:
         """Raises AssertionError where an invariant does not hold.
 
-        No two leases of a task at one time; no checkpoint that is visible with an object missing or wrong.
+        No two leases of a task at one time; no checkpoint that is visible with an object missing or wrong; nothing
+        taken away, refused or failed without a reason to read.
         """
         last: dict[str, sqlite3.Row] = {}
         for lease in self.rows("SELECT * FROM leases ORDER BY task_id, epoch"):
@@ -307,6 +325,13 @@ class Site:
                 assert before["end_time"] is not None, f"lease {before['id']} is live beside {lease['id']}"
                 assert before["end_time"] <= lease["acquire_time"], f"{before['id']} and {lease['id']} overlap"
             last[lease["task_id"]] = lease
+        for what in (
+            "leases WHERE state IN ('EXPIRED', 'REVOKED')",
+            "checkpoints WHERE state IN ('PRUNED', 'REJECTED')",
+            "tasks WHERE state = 'FAILED'",
+            "events WHERE kind IN ('lease.expired', 'lease.revoked', 'checkpoint.refused', 'task.failed')",
+        ):
+            assert not self.rows(f"SELECT id FROM {what} AND reason = ''"), f"no reason is given: {what}"
         visible = "SELECT * FROM checkpoints WHERE state IN ('COMMITTED', 'ACCEPTED')"
         for row in self.rows(visible):
             wrong = [why for file in files_from_json(row["files_json"]) if (why := self._wrong_object(file))]

@@ -21,12 +21,21 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 # How long a step of training takes at least, in a worker started with this in its environment, in seconds.
 THROTTLE_VARIABLE = "CBTM_TEST_STEP_SECONDS"
+# What a program's wall clock is off by, in seconds.
+SKEW_VARIABLE = "CBTM_TEST_CLOCK_SKEW"
+# What a worker's link takes when it sends, in bytes a second.
+LINK_VARIABLE = "CBTM_TEST_LINK_SPEED"
+# Files larger than so many bytes go in parts; in the coordinator.
+PART_VARIABLE = "CBTM_TEST_PART_BYTES"
+# When set, what people have time for is not waited for: full disks, failed workers, tries to send.
+HASTE_VARIABLE = "CBTM_TEST_HASTE"
 _POLL_SECONDS = 0.02
 
 
@@ -142,6 +151,60 @@ def _throttle(seconds: float) -> None:
     Trainer.train_step = slow  # type: ignore[method-assign]
 
 
+def _skew(seconds: float) -> None:
+    """Shifts the wall clock; the monotonic one, like a real machine's, knows nothing of it.
+
+    gRPC adds timeouts to the time as Python has it and compares with the system's. Those two never differ on a real
+    machine, so it keeps the system's for both.
+    """
+    # It comes with the first channel, else.
+    importlib.import_module("grpc._channel")
+    real, real_ns = time.time, time.time_ns
+    unshifted = types.SimpleNamespace(**vars(time))
+    for name, module in list(sys.modules.items()):
+        if name.partition(".")[0] == "grpc" and getattr(module, "time", None) is time:
+            module.time = unshifted  # type: ignore[attr-defined]
+    time.time = lambda: real() + seconds
+    time.time_ns = lambda: real_ns() + int(seconds * 1e9)
+
+
+def _narrow(bytes_per_second: float) -> None:
+    """Makes sending slow, a little at a time, as a slow link does once the buffers on the way are full."""
+    from cbtm_common import transfer
+
+    send = transfer._slice
+    transfer._CHUNK = max(1, int(bytes_per_second / 10))
+
+    def slow(*arguments: Any) -> Any:
+        for chunk in send(*arguments):
+            time.sleep(len(chunk) / bytes_per_second)
+            yield chunk
+
+    transfer._slice = slow
+
+
+def _cut(part_bytes: int) -> None:
+    """Makes small checkpoints go in parts, as large ones do."""
+    import functools
+
+    from cbtm_coordinator import server
+
+    server.ServiceContext = functools.partial(server.ServiceContext, part_size=part_bytes)  # type: ignore[assignment,misc]
+
+
+def _hurry() -> None:
+    from datetime import timedelta
+
+    from cbtm_common.rpc import RetryPolicy
+    from cbtm_coordinator import scheduler
+    from cbtm_worker import loop, sender, uploader
+
+    loop._FULL_DISK_WAIT = loop._OUTAGE_WAIT = 0.3
+    uploader._FULL_DISK_SECONDS = 0.3
+    sender._BACKOFF = RetryPolicy(attempts=1, initial=0.05, maximum=0.4)
+    scheduler._BACKOFF = timedelta(seconds=0.5)
+
+
 def _become(request: dict[str, Any]) -> None:
     """In the fork: turns into the program. Does not return."""
     log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
@@ -160,6 +223,14 @@ def _become(request: dict[str, Any]) -> None:
     faults._plan = faults.FaultPlan.parse(os.environ.get(faults.ENVIRONMENT_VARIABLE, ""))
     if THROTTLE_VARIABLE in os.environ:
         _throttle(float(os.environ[THROTTLE_VARIABLE]))
+    if SKEW_VARIABLE in os.environ:
+        _skew(float(os.environ[SKEW_VARIABLE]))
+    if LINK_VARIABLE in os.environ:
+        _narrow(float(os.environ[LINK_VARIABLE]))
+    if PART_VARIABLE in os.environ:
+        _cut(int(os.environ[PART_VARIABLE]))
+    if HASTE_VARIABLE in os.environ:
+        _hurry()
     program = request["program"]
     sys.argv = [program, *request["arguments"]]
     code = 0

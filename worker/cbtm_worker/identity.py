@@ -15,6 +15,8 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from cbtm_common.errors import ResourceExhausted
+from cbtm_common.faults import point
+from cbtm_common.files import is_disk_full
 
 _MAX_SLOTS = 64
 
@@ -45,14 +47,22 @@ class Slot:
             return None
 
     def save(self, identity: Identity) -> None:
-        """Written whole or not at all, mode 0600."""
+        """Written whole or not at all, mode 0600. Raises ResourceExhausted when the disk is full."""
         temporary = self.directory / "identity.json.tmp"
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        with os.fdopen(descriptor, "w") as file:
-            json.dump(asdict(identity), file)
-            file.flush()
-            os.fsync(descriptor)
-        os.replace(temporary, self.directory / "identity.json")
+        try:
+            point("worker.register.after")
+            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+            with os.fdopen(descriptor, "w") as file:
+                json.dump(asdict(identity), file)
+                file.flush()
+                os.fsync(descriptor)
+            os.replace(temporary, self.directory / "identity.json")
+        except OSError as error:
+            if is_disk_full(error):
+                raise ResourceExhausted(
+                    f"the disk of {self.directory} is full: who this worker is cannot be kept"
+                ) from error
+            raise
 
     def forget(self) -> None:
         (self.directory / "identity.json").unlink(missing_ok=True)

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cbtm_common.errors import IntegrityError
+from cbtm_common.faults import point
 
 # A checkpoint of another task that was not handed in is kept so long, should that task come back.
 _KEEP_SECONDS = 86_400.0
@@ -89,10 +90,12 @@ class LocalCheckpoints:
     def _remove(self, directory: Path) -> None:
         """Renamed first, so that half a checkpoint is never taken for a whole one."""
         doomed = directory.with_name(f".{directory.name}.{uuid.uuid4().hex[:8]}.partial")
+        point("worker.prune.before_rename")
         _done(directory).unlink(missing_ok=True)
         # Two threads may have found it needless.
         with contextlib.suppress(FileNotFoundError):
             directory.rename(doomed)
+        point("worker.prune.after_rename")
         shutil.rmtree(doomed, ignore_errors=True)
 
 

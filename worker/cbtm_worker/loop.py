@@ -23,6 +23,7 @@ from cbtm_common.errors import (
     Unauthenticated,
 )
 from cbtm_common.faults import point
+from cbtm_common.files import is_disk_full
 from cbtm_common.ids import new_request_id
 from cbtm_common.protos import from_duration
 from cbtm_common.rpc import Connection, connect
@@ -133,9 +134,21 @@ class Worker:
         return self._finished
 
     def _sign_in(self, hardware: pb.Hardware) -> None:
-        identity = self._session.sign_in(
-            self._slot, token=self._config.token, name=self._config.name, hardware=hardware
-        )
+        request_id = new_request_id()
+        while True:
+            try:
+                identity = self._session.sign_in(
+                    self._slot,
+                    token=self._config.token,
+                    name=self._config.name,
+                    hardware=hardware,
+                    request_id=request_id,
+                )
+                break
+            except ResourceExhausted as error:
+                self._say_once(f"{error.message}; looking again in a minute")
+                if self._stop.wait(_FULL_DISK_WAIT):
+                    raise
         self._display.say(f"joined {self._config.coordinator} as {self._config.name} ({identity.worker_id})")
 
     def _say_once(self, message: str) -> None:
@@ -157,7 +170,9 @@ class Worker:
         unfinished = self._unfinished()
         if unfinished is not None:
             return unfinished, True
+        point("worker.acquire.before")
         answer = self._session.acquire(self._hardware(), self._config.run, self._request_id)
+        point("worker.acquire.after_answer")
         self._request_id = new_request_id()
         return answer, False
 
@@ -191,15 +206,17 @@ class Worker:
 
     def _work(self, answer: ws.AcquireLeaseResponse, continued: bool) -> None:
         held = Held(lease_id=answer.lease.id, epoch=answer.lease.epoch)
-        self._keep(answer)
-        point("worker.acquire.after")
         task = answer.spec.task
         what = f"{describe_task(task)} of {answer.spec.run.name}"
         begin = f"from step {task.committed_step:,}" if task.committed_step else "from the start"
         self._display.say(f"took {what}, {begin}")
-        heartbeat = Heartbeat(self._session, held, answer.spec.policy, committed_step=task.committed_step)
+        heartbeat = Heartbeat(
+            self._session, held, answer.spec.policy, committed_step=task.committed_step, say=self._display.say
+        )
         heartbeat.start()
         try:
+            self._keep(answer)
+            point("worker.acquire.after")
             outcome = TaskRunner(self._context, held, answer.spec, heartbeat, continued=continued).run()
         except Exception as error:  # noqa: BLE001  # whatever happens to one task, the next may go well
             self._give_up(held, task, what, heartbeat.lost or error)
@@ -214,7 +231,6 @@ class Worker:
             # The lease stays noted: the next process in this slot goes on with it, or with the task if it gets it.
             self._display.say(f"the coordinator is away; what was done of {what} is kept here: join again to go on")
             return
-        point("worker.release.before")
         if outcome is Outcome.FINISHED:
             self._release(held, ws.RELEASE_REASON_FINISHED, "")
             self._finished += 1
@@ -223,12 +239,13 @@ class Worker:
         else:
             self._release(held, ws.RELEASE_REASON_PREEMPTED, stop_reason or "the volunteer stopped the worker")
             self._display.say(f"saved and gave back {what}; somebody else can go on with it")
-        point("worker.release.after")
 
     def _give_up(self, held: Held, task: pb.Task, what: str, error: Exception) -> None:
         """Gives a task back that cannot go on here, saying why."""
         from cbtm_worker.train import OutOfDeviceMemory
 
+        if is_disk_full(error):
+            error = ResourceExhausted(f"the disk under {self._config.cache_dir} is full: {error}")
         reason = describe_error(error)
         _log.debug("the task ended early", exc_info=error)
         if isinstance(error, LeaseLost | NotFound):
@@ -253,7 +270,10 @@ class Worker:
     def _release(self, held: Held, reason: ws.ReleaseReason.ValueType, detail: str) -> None:
         """Tells the coordinator; if it cannot be told, the lease ends by itself."""
         try:
+            point("worker.release.before")
             self._session.release(held, reason, detail)
+            point("worker.release.after_call")
         except CbtmError as error:
             self._display.say(f"the lease could not be given back ({error.message}); it ends by itself")
         self._lease_path.unlink(missing_ok=True)
+        point("worker.release.after")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import random
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -37,6 +38,8 @@ _log = logging.getLogger(__name__)
 _TRIES = 3
 # A URL that expired, a store or coordinator that is away, a store that is full; or we gave up.
 _PASSING: tuple[type[CbtmError], ...] = (*RETRYABLE, Cancelled, ResourceExhausted)
+# The link's speed is taken over so long at least; a checkpoint that is sent sooner needs no other pace.
+_RATE_SECONDS = 2.0
 _BACKOFF = RetryPolicy(attempts=1, initial=1.0, maximum=30.0)
 
 
@@ -50,13 +53,23 @@ class Sending:
 
 
 class Sender:
-    """Sends checkpoints under one lease, one at a time. `sending` may be read from any thread."""
+    """Sends checkpoints under one lease, one at a time. `sending` may be read from any thread; `clock` is monotonic."""
 
-    def __init__(self, session: Session, held: Held, heartbeat: Heartbeat, transfer: Transfer) -> None:
+    def __init__(
+        self,
+        session: Session,
+        held: Held,
+        heartbeat: Heartbeat,
+        transfer: Transfer,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._session = session
         self._held = held
         self._heartbeat = heartbeat
         self._transfer = transfer
+        self._clock = clock
+        self._rate = _Rate(clock)
         self.sending: Sending | None = None
 
     def send(
@@ -87,11 +100,13 @@ class Sender:
         is_needless: Callable[[], bool],
     ) -> bool:
         files = describe(directory)
+        self._heartbeat.uploads(checkpoint_bytes=sum(file.size for file in files), bytes_per_second=0.0)
         wrong = attempt = 0
         left: int | None = None
         while True:
             self._heartbeat.check()
             try:
+                point("worker.upload.before_prepare")
                 prepared = self._session.prepare_upload(self._held, step, files)
                 before, left = left, sum(_bytes_left(upload) for upload in prepared.uploads)
                 if before is not None and left < before:
@@ -116,6 +131,7 @@ class Sender:
 
     def _upload(self, uploads: Sequence[pb.Upload], directory: Path, cancelled: threading.Event) -> None:
         point("worker.upload.after_prepare")
+        self._rate = _Rate(self._clock)
         for upload in uploads:
             self._transfer.upload(upload, directory / upload.file.path, on_bytes=self._moved, cancelled=cancelled)
             point("worker.upload.after_file")
@@ -124,6 +140,9 @@ class Sender:
     def _moved(self, count: int) -> None:
         """Called by one thread at a time."""
         self._heartbeat.moved(count)
+        speed = self._rate.add(count)
+        if speed is not None:
+            self._heartbeat.uploads(checkpoint_bytes=0, bytes_per_second=speed)
         if self.sending is not None:
             self.sending = replace(self.sending, sent_bytes=self.sending.sent_bytes + count)
 
@@ -137,6 +156,24 @@ class Sender:
             if cancelled.wait(from_duration(answer.retry_after).total_seconds()):
                 raise Cancelled("the commit was broken off")
         point("worker.upload.after_commit")
+
+
+class _Rate:
+    """Bytes a second since it was made, waits between tries included; told now and then, not before a first moment."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._start = clock()
+        self._bytes = 0
+        self._next = self._start + _RATE_SECONDS
+
+    def add(self, count: int) -> float | None:
+        self._bytes += count
+        now = self._clock()
+        if now < self._next:
+            return None
+        self._next = now + _RATE_SECONDS
+        return self._bytes / (now - self._start)
 
 
 def _bytes_left(upload: pb.Upload) -> int:

@@ -34,10 +34,14 @@ class Session:
     def __init__(self, connection: Connection) -> None:
         self.connection = connection
 
-    def sign_in(self, slot: Slot, *, token: str | None, name: str, hardware: pb.Hardware) -> Identity:
+    def sign_in(
+        self, slot: Slot, *, token: str | None, name: str, hardware: pb.Hardware, request_id: str = ""
+    ) -> Identity:
         """The identity in `slot`, or a new one for the join token.
 
-        Raises Unauthenticated when there is neither or the token is not good, Unavailable when nobody answers.
+        Who calls again with the same `request_id`, after an answer that was lost or could not be kept, is one worker.
+        Raises Unauthenticated when there is neither or the token is not good, Unavailable when nobody answers,
+        ResourceExhausted when the disk has no room for it.
         """
         identity = slot.load()
         if identity is None:
@@ -45,16 +49,17 @@ class Session:
                 raise Unauthenticated("token: pass --token (or CBTM_TOKEN) to join for the first time")
             self.connection.credential = token
             request = ws.RegisterRequest(
-                request_id=new_request_id(), name=name, hardware=hardware, version=version("cbtm")
+                request_id=request_id or new_request_id(), name=name, hardware=hardware, version=version("cbtm")
             )
+            point("worker.register.before")
             try:
                 answer = self.connection.worker.Register(request)
             except RETRYABLE as error:
                 check = f"`cbtm-worker check --coordinator {self.connection.target}` tells more"
                 raise Unavailable(f"{error.message}; {check}") from error
-            point("worker.register.after")
             identity = Identity(worker_id=answer.worker.id, credential=answer.credential)
             slot.save(identity)
+            point("worker.identity.after_write")
         self.connection.credential = identity.credential
         return identity
 

@@ -10,6 +10,8 @@ import threading
 from collections.abc import Callable
 from types import FrameType
 
+from cbtm_common.signals import SignalFlag
+
 
 class StopSignal:
     """`requested` is set by the first signal; `on_first` is then called on a thread of its own.
@@ -18,7 +20,7 @@ class StopSignal:
     """
 
     def __init__(self, on_first: Callable[[], None], *, leave: Callable[[int], None] = os._exit) -> None:
-        self.requested = threading.Event()
+        self.requested = SignalFlag()
         self._on_first = on_first
         self._leave = leave
 

@@ -16,7 +16,7 @@ from cbtm_api.v1 import worker_service_pb2 as ws
 from cbtm_common.cache import ContentCache
 from cbtm_common.errors import Cancelled, CbtmError, InvalidArgument, LeaseLost, ResourceExhausted
 from cbtm_common.faults import point
-from cbtm_common.protos import JsonValue, from_duration
+from cbtm_common.protos import JsonValue
 from cbtm_common.recipe import Recipe
 from cbtm_common.transfer import Transfer
 from cbtm_worker.config import WorkerConfig
@@ -82,7 +82,6 @@ class TaskRunner:
             # Its owner started the task anew: nothing of its earlier life counts.
             self._local.clear()
         self._committed = max(int(spec.task.committed_step), self._local.committed_step)
-        self._interval = from_duration(spec.policy.checkpoint_interval).total_seconds()
         self._view = TaskView(
             run=spec.run.name,
             what=describe_task(spec.task),
@@ -134,6 +133,7 @@ class TaskRunner:
         if newest is not None and newest.step == self._spec.task.total_steps:
             # Trained to the end before a crash: only the upload is left.
             return self._flushed(Outcome.FINISHED)
+        point("worker.download.before")
         try:
             job = self._job(newest)
         except Cancelled:
@@ -192,7 +192,7 @@ class TaskRunner:
                 noted = now
                 self._note(result, speed)
             asked |= self._heartbeat.take_checkpoint_request()
-            due = asked or now - saved >= self._interval
+            due = asked or now - saved >= self._heartbeat.checkpoint_seconds
             # One that is still being written is worth more than the next.
             if due and result.step < trainer.total_steps and not self._uploader.is_writing:
                 metrics = {**self._metrics(speed, started), "loss": result.loss}
@@ -253,9 +253,11 @@ class TaskRunner:
     def _note(self, result: StepResult, speed: Speed) -> None:
         view, rate = self._view, speed.tokens_per_second
         view.step, view.loss, view.tokens_per_second = result.step, result.loss, rate
-        tokens = (view.total_steps - view.step) * self._recipe.global_batch * self._recipe.sequence_length
-        view.seconds_left = tokens / rate if rate else None
-        self._heartbeat.update(phase="train", step=result.step, loss=result.loss, tokens_per_second=rate)
+        step_seconds = self._recipe.global_batch * self._recipe.sequence_length / rate if rate else 0.0
+        view.seconds_left = (view.total_steps - view.step) * step_seconds if rate else None
+        self._heartbeat.update(
+            phase="train", step=result.step, loss=result.loss, tokens_per_second=rate, step_seconds=step_seconds
+        )
         self._show()
 
     def _show(self) -> None:

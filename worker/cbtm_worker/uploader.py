@@ -21,6 +21,7 @@ from cbtm_common.errors import ResourceExhausted
 from cbtm_common.faults import point
 from cbtm_common.protos import JsonValue
 from cbtm_common.transfer import Transfer
+from cbtm_worker.background import give_way
 from cbtm_worker.heartbeat import Heartbeat
 from cbtm_worker.local import LocalCheckpoint, LocalCheckpoints
 from cbtm_worker.sender import Sender, Sending
@@ -196,6 +197,7 @@ class Uploader:
 
     def _run(self, step: Callable[[], bool]) -> None:
         """A thread: `step` does the next thing, and is False when there will be no more."""
+        give_way()
         try:
             while step():
                 # Outside the lock: a large checkpoint takes a while to remove.
@@ -265,7 +267,11 @@ class Uploader:
     def _prune(self) -> None:
         with self._condition:
             needed = {s.step for s in (self._sending, self._to_send) if s is not None}
-        self._local.prune(needed)
+        try:
+            self._local.prune(needed)
+        except OSError as error:
+            # It costs room, and nothing else; the next checkpoint tries again.
+            _log.warning("older checkpoints are not removed: %s", error)
 
     # To the coordinator
 
@@ -286,7 +292,7 @@ class Uploader:
         error = None
         try:
             if self._send(job):
-                self._local.mark_committed(job.step)
+                self._mark_committed(job.step)
                 self._heartbeat.committed(job.step)
                 self.committed_step = job.step
         except BaseException as caught:  # noqa: BLE001  # handed to the training thread
@@ -295,6 +301,14 @@ class Uploader:
             self._sending = None
             self._settle(error)
         return error is None
+
+    def _mark_committed(self, step: int) -> None:
+        try:
+            self._local.mark_committed(step)
+            point("worker.upload.after_mark")
+        except OSError as error:
+            # The coordinator knows, which is what counts: after a restart it says so.
+            _log.warning("that step %d is committed cannot be noted: %s", step, error)
 
     def _send(self, job: _Upload) -> bool:
         """Whether it is committed; not when it was broken off in favour of a newer one."""

@@ -505,6 +505,7 @@ class GetRunStatusResponse(_message.Message):
     TASKS_FIELD_NUMBER: _builtins.int
     ESTIMATED_REMAINING_FIELD_NUMBER: _builtins.int
     SERVER_TIME_FIELD_NUMBER: _builtins.int
+    WAITING_WORKERS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def run(self) -> _resources_pb2.Run: ...
     @_builtins.property
@@ -513,6 +514,10 @@ class GetRunStatusResponse(_message.Message):
     def estimated_remaining(self) -> _duration_pb2.Duration: ...
     @_builtins.property
     def server_time(self) -> _timestamp_pb2.Timestamp: ...
+    @_builtins.property
+    def waiting_workers(self) -> _containers.RepeatedCompositeFieldContainer[_resources_pb2.Worker]:
+        """Workers that failed and get no work for a while, with the reason; of all runs, at most 100."""
+
     def __init__(
         self,
         *,
@@ -520,10 +525,11 @@ class GetRunStatusResponse(_message.Message):
         tasks: _abc.Iterable[Global___TaskStatus] | None = ...,
         estimated_remaining: _duration_pb2.Duration | None = ...,
         server_time: _timestamp_pb2.Timestamp | None = ...,
+        waiting_workers: _abc.Iterable[_resources_pb2.Worker] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["estimated_remaining", b"estimated_remaining", "run", b"run", "server_time", b"server_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["estimated_remaining", b"estimated_remaining", "run", b"run", "server_time", b"server_time", "tasks", b"tasks"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["estimated_remaining", b"estimated_remaining", "run", b"run", "server_time", b"server_time", "tasks", b"tasks", "waiting_workers", b"waiting_workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

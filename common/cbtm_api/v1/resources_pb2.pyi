@@ -695,6 +695,10 @@ class Progress(_message.Message):
     COMMITTED_STEP_FIELD_NUMBER: _builtins.int
     PHASE_FIELD_NUMBER: _builtins.int
     TRANSFERRED_BYTES_FIELD_NUMBER: _builtins.int
+    STEP_SECONDS_FIELD_NUMBER: _builtins.int
+    UPLOAD_BYTES_PER_SECOND_FIELD_NUMBER: _builtins.int
+    CHECKPOINT_BYTES_FIELD_NUMBER: _builtins.int
+    RENEW_SECONDS_FIELD_NUMBER: _builtins.int
     step: _builtins.int
     """Optimizer steps finished."""
     loss: _builtins.float
@@ -705,6 +709,13 @@ class Progress(_message.Message):
     """What it is at: "download", "train", "upload"."""
     transferred_bytes: _builtins.int
     """Bytes moved in the current transfer, so that a slow link is seen to make progress."""
+    step_seconds: _builtins.float
+    """What the worker measured by its own monotonic clock; 0 where it has not yet. The coordinator sizes leases by it."""
+    upload_bytes_per_second: _builtins.float
+    checkpoint_bytes: _builtins.int
+    """Of the checkpoint that it began to send last."""
+    renew_seconds: _builtins.float
+    """How long the last renewal took, tries that failed included."""
     def __init__(
         self,
         *,
@@ -714,10 +725,14 @@ class Progress(_message.Message):
         committed_step: _builtins.int = ...,
         phase: _builtins.str = ...,
         transferred_bytes: _builtins.int = ...,
+        step_seconds: _builtins.float = ...,
+        upload_bytes_per_second: _builtins.float = ...,
+        checkpoint_bytes: _builtins.int = ...,
+        renew_seconds: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["committed_step", b"committed_step", "loss", b"loss", "phase", b"phase", "step", b"step", "tokens_per_second", b"tokens_per_second", "transferred_bytes", b"transferred_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint_bytes", b"checkpoint_bytes", "committed_step", b"committed_step", "loss", b"loss", "phase", b"phase", "renew_seconds", b"renew_seconds", "step", b"step", "step_seconds", b"step_seconds", "tokens_per_second", b"tokens_per_second", "transferred_bytes", b"transferred_bytes", "upload_bytes_per_second", b"upload_bytes_per_second"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1031,6 +1046,9 @@ class LeasePolicy(_message.Message):
     LEASE_DURATION_FIELD_NUMBER: _builtins.int
     RENEW_INTERVAL_FIELD_NUMBER: _builtins.int
     CHECKPOINT_INTERVAL_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    reason: _builtins.str
+    """For a person: why it is not what the run's recipe begins with; empty when it is."""
     @_builtins.property
     def lease_duration(self) -> _duration_pb2.Duration: ...
     @_builtins.property
@@ -1043,10 +1061,11 @@ class LeasePolicy(_message.Message):
         lease_duration: _duration_pb2.Duration | None = ...,
         renew_interval: _duration_pb2.Duration | None = ...,
         checkpoint_interval: _duration_pb2.Duration | None = ...,
+        reason: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["checkpoint_interval", b"checkpoint_interval", "lease_duration", b"lease_duration", "renew_interval", b"renew_interval"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint_interval", b"checkpoint_interval", "lease_duration", b"lease_duration", "renew_interval", b"renew_interval"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint_interval", b"checkpoint_interval", "lease_duration", b"lease_duration", "reason", b"reason", "renew_interval", b"renew_interval"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -28,17 +28,17 @@ from google.protobuf import struct_pb2 as google_dot_protobuf_dot_struct__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n cbtm_api/v1/worker_service.proto\x12\x0b\x63\x62tm_api.v1\x1a\x1b\x63\x62tm_api/v1/resources.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1cgoogle/protobuf/struct.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"m\n\x0fRegisterRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\'\n\x08hardware\x18\x03 \x01(\x0b\x32\x15.cbtm_api.v1.Hardware\x12\x0f\n\x07version\x18\x04 \x01(\t\"K\n\x10RegisterResponse\x12#\n\x06worker\x18\x01 \x01(\x0b\x32\x13.cbtm_api.v1.Worker\x12\x12\n\ncredential\x18\x02 \x01(\t\"_\n\x13\x41\x63quireLeaseRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\'\n\x08hardware\x18\x02 \x01(\x0b\x32\x15.cbtm_api.v1.Hardware\x12\x0b\n\x03run\x18\x03 \x01(\t\"\xac\x01\n\x14\x41\x63quireLeaseResponse\x12!\n\x05lease\x18\x01 \x01(\x0b\x32\x12.cbtm_api.v1.Lease\x12#\n\x04spec\x18\x02 \x01(\x0b\x32\x15.cbtm_api.v1.TaskSpec\x12.\n\x0bretry_after\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x0c\n\x04idle\x18\x05 \x01(\x08\"\x83\x02\n\x08TaskSpec\x12\x1f\n\x04task\x18\x01 \x01(\x0b\x32\x11.cbtm_api.v1.Task\x12\x1d\n\x03run\x18\x02 \x01(\x0b\x32\x10.cbtm_api.v1.Run\x12(\n\x06policy\x18\x03 \x01(\x0b\x32\x18.cbtm_api.v1.LeasePolicy\x12/\n\x10\x62\x61se_model_files\x18\x04 \x03(\x0b\x32\x15.cbtm_api.v1.FileSpec\x12.\n\x0ftokenizer_files\x18\x05 \x03(\x0b\x32\x15.cbtm_api.v1.FileSpec\x12,\n\x0bresume_from\x18\x06 \x01(\x0b\x32\x17.cbtm_api.v1.Checkpoint\"q\n\x11RenewLeaseRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x10\n\x08lease_id\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x03\x12\'\n\x08progress\x18\x04 \x01(\x0b\x32\x15.cbtm_api.v1.Progress\"r\n\x12RenewLeaseResponse\x12!\n\x05lease\x18\x01 \x01(\x0b\x32\x12.cbtm_api.v1.Lease\x12)\n\tdirective\x18\x02 \x01(\x0e\x32\x16.cbtm_api.v1.Directive\x12\x0e\n\x06reason\x18\x03 \x01(\t\"_\n\x15ListTaskShardsRequest\x12\x10\n\x08lease_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\x12\x11\n\tpage_size\x18\x03 \x01(\x05\x12\x12\n\npage_token\x18\x04 \x01(\t\"U\n\x16ListTaskShardsResponse\x12\"\n\x06shards\x18\x01 \x03(\x0b\x32\x12.cbtm_api.v1.Shard\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"G\n\x16PrepareDownloadRequest\x12\x10\n\x08lease_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\x12\x0c\n\x04keys\x18\x03 \x03(\t\"C\n\x17PrepareDownloadResponse\x12(\n\tdownloads\x18\x01 \x03(\x0b\x32\x15.cbtm_api.v1.Download\"\x7f\n\x14PrepareUploadRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x10\n\x08lease_id\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x03\x12\x0c\n\x04step\x18\x04 \x01(\x03\x12$\n\x05\x66iles\x18\x05 \x03(\x0b\x32\x15.cbtm_api.v1.FileSpec\"j\n\x15PrepareUploadResponse\x12+\n\ncheckpoint\x18\x01 \x01(\x0b\x32\x17.cbtm_api.v1.Checkpoint\x12$\n\x07uploads\x18\x02 \x03(\x0b\x32\x13.cbtm_api.v1.Upload\"\x8f\x01\n\x17\x43ommitCheckpointRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x10\n\x08lease_id\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x03\x12\x15\n\rcheckpoint_id\x18\x04 \x01(\t\x12(\n\x07metrics\x18\x05 \x01(\x0b\x32\x17.google.protobuf.Struct\"\xa3\x01\n\x18\x43ommitCheckpointResponse\x12+\n\ncheckpoint\x18\x01 \x01(\x0b\x32\x17.cbtm_api.v1.Checkpoint\x12.\n\x0bretry_after\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12*\n\ntask_state\x18\x03 \x01(\x0e\x32\x16.cbtm_api.v1.TaskState\"\x8e\x01\n\x13ReleaseLeaseRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x10\n\x08lease_id\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x03\x12\x32\n\x0erelease_reason\x18\x04 \x01(\x0e\x32\x1a.cbtm_api.v1.ReleaseReason\x12\x0e\n\x06\x64\x65tail\x18\x05 \x01(\t\"e\n\x14ReleaseLeaseResponse\x12!\n\x05lease\x18\x01 \x01(\x0b\x32\x12.cbtm_api.v1.Lease\x12*\n\ntask_state\x18\x02 \x01(\x0e\x32\x16.cbtm_api.v1.TaskState\"6\n\x0cProbeRequest\x12\x16\n\x0etransfer_bytes\x18\x01 \x01(\x03\x12\x0e\n\x06sha256\x18\x02 \x01(\t\"\x87\x02\n\rProbeResponse\x12/\n\x0bserver_time\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x16\n\x0eserver_version\x18\x02 \x01(\t\x12\x1a\n\x12min_worker_version\x18\x03 \x01(\t\x12#\n\x06upload\x18\x04 \x01(\x0b\x32\x13.cbtm_api.v1.Upload\x12\'\n\x08\x64ownload\x18\x05 \x01(\x0b\x32\x15.cbtm_api.v1.Download\x12\x18\n\x10model_parameters\x18\x06 \x01(\x03\x12\x17\n\x0fsequence_length\x18\x07 \x01(\x05\x12\x10\n\x08run_name\x18\x08 \x01(\t*l\n\tDirective\x12\x19\n\x15\x44IRECTIVE_UNSPECIFIED\x10\x00\x12\x16\n\x12\x44IRECTIVE_CONTINUE\x10\x01\x12\x18\n\x14\x44IRECTIVE_CHECKPOINT\x10\x02\x12\x12\n\x0e\x44IRECTIVE_STOP\x10\x03*\x9f\x01\n\rReleaseReason\x12\x1e\n\x1aRELEASE_REASON_UNSPECIFIED\x10\x00\x12\x1b\n\x17RELEASE_REASON_FINISHED\x10\x01\x12\x1c\n\x18RELEASE_REASON_PREEMPTED\x10\x02\x12\x19\n\x15RELEASE_REASON_FAILED\x10\x03\x12\x18\n\x14RELEASE_REASON_UNFIT\x10\x04\x32\x83\x06\n\rWorkerService\x12G\n\x08Register\x12\x1c.cbtm_api.v1.RegisterRequest\x1a\x1d.cbtm_api.v1.RegisterResponse\x12S\n\x0c\x41\x63quireLease\x12 .cbtm_api.v1.AcquireLeaseRequest\x1a!.cbtm_api.v1.AcquireLeaseResponse\x12M\n\nRenewLease\x12\x1e.cbtm_api.v1.RenewLeaseRequest\x1a\x1f.cbtm_api.v1.RenewLeaseResponse\x12Y\n\x0eListTaskShards\x12\".cbtm_api.v1.ListTaskShardsRequest\x1a#.cbtm_api.v1.ListTaskShardsResponse\x12\\\n\x0fPrepareDownload\x12#.cbtm_api.v1.PrepareDownloadRequest\x1a$.cbtm_api.v1.PrepareDownloadResponse\x12V\n\rPrepareUpload\x12!.cbtm_api.v1.PrepareUploadRequest\x1a\".cbtm_api.v1.PrepareUploadResponse\x12_\n\x10\x43ommitCheckpoint\x12$.cbtm_api.v1.CommitCheckpointRequest\x1a%.cbtm_api.v1.CommitCheckpointResponse\x12S\n\x0cReleaseLease\x12 .cbtm_api.v1.ReleaseLeaseRequest\x1a!.cbtm_api.v1.ReleaseLeaseResponse\x12>\n\x05Probe\x12\x19.cbtm_api.v1.ProbeRequest\x1a\x1a.cbtm_api.v1.ProbeResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n cbtm_api/v1/worker_service.proto\x12\x0b\x63\x62tm_api.v1\x1a\x1b\x63\x62tm_api/v1/resources.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1cgoogle/protobuf/struct.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"m\n\x0fRegisterRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\'\n\x08hardware\x18\x03 \x01(\x0b\x32\x15.cbtm_api.v1.Hardware\x12\x0f\n\x07version\x18\x04 \x01(\t\"K\n\x10RegisterResponse\x12#\n\x06worker\x18\x01 \x01(\x0b\x32\x13.cbtm_api.v1.Worker\x12\x12\n\ncredential\x18\x02 \x01(\t\"_\n\x13\x41\x63quireLeaseRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\'\n\x08hardware\x18\x02 \x01(\x0b\x32\x15.cbtm_api.v1.Hardware\x12\x0b\n\x03run\x18\x03 \x01(\t\"\xac\x01\n\x14\x41\x63quireLeaseResponse\x12!\n\x05lease\x18\x01 \x01(\x0b\x32\x12.cbtm_api.v1.Lease\x12#\n\x04spec\x18\x02 \x01(\x0b\x32\x15.cbtm_api.v1.TaskSpec\x12.\n\x0bretry_after\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x0c\n\x04idle\x18\x05 \x01(\x08\"\x83\x02\n\x08TaskSpec\x12\x1f\n\x04task\x18\x01 \x01(\x0b\x32\x11.cbtm_api.v1.Task\x12\x1d\n\x03run\x18\x02 \x01(\x0b\x32\x10.cbtm_api.v1.Run\x12(\n\x06policy\x18\x03 \x01(\x0b\x32\x18.cbtm_api.v1.LeasePolicy\x12/\n\x10\x62\x61se_model_files\x18\x04 \x03(\x0b\x32\x15.cbtm_api.v1.FileSpec\x12.\n\x0ftokenizer_files\x18\x05 \x03(\x0b\x32\x15.cbtm_api.v1.FileSpec\x12,\n\x0bresume_from\x18\x06 \x01(\x0b\x32\x17.cbtm_api.v1.Checkpoint\"q\n\x11RenewLeaseRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x10\n\x08lease_id\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x03\x12\'\n\x08progress\x18\x04 \x01(\x0b\x32\x15.cbtm_api.v1.Progress\"\x9c\x01\n\x12RenewLeaseResponse\x12!\n\x05lease\x18\x01 \x01(\x0b\x32\x12.cbtm_api.v1.Lease\x12)\n\tdirective\x18\x02 \x01(\x0e\x32\x16.cbtm_api.v1.Directive\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12(\n\x06policy\x18\x04 \x01(\x0b\x32\x18.cbtm_api.v1.LeasePolicy\"_\n\x15ListTaskShardsRequest\x12\x10\n\x08lease_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\x12\x11\n\tpage_size\x18\x03 \x01(\x05\x12\x12\n\npage_token\x18\x04 \x01(\t\"U\n\x16ListTaskShardsResponse\x12\"\n\x06shards\x18\x01 \x03(\x0b\x32\x12.cbtm_api.v1.Shard\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"G\n\x16PrepareDownloadRequest\x12\x10\n\x08lease_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\x12\x0c\n\x04keys\x18\x03 \x03(\t\"C\n\x17PrepareDownloadResponse\x12(\n\tdownloads\x18\x01 \x03(\x0b\x32\x15.cbtm_api.v1.Download\"\x7f\n\x14PrepareUploadRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x10\n\x08lease_id\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x03\x12\x0c\n\x04step\x18\x04 \x01(\x03\x12$\n\x05\x66iles\x18\x05 \x03(\x0b\x32\x15.cbtm_api.v1.FileSpec\"j\n\x15PrepareUploadResponse\x12+\n\ncheckpoint\x18\x01 \x01(\x0b\x32\x17.cbtm_api.v1.Checkpoint\x12$\n\x07uploads\x18\x02 \x03(\x0b\x32\x13.cbtm_api.v1.Upload\"\x8f\x01\n\x17\x43ommitCheckpointRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x10\n\x08lease_id\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x03\x12\x15\n\rcheckpoint_id\x18\x04 \x01(\t\x12(\n\x07metrics\x18\x05 \x01(\x0b\x32\x17.google.protobuf.Struct\"\xa3\x01\n\x18\x43ommitCheckpointResponse\x12+\n\ncheckpoint\x18\x01 \x01(\x0b\x32\x17.cbtm_api.v1.Checkpoint\x12.\n\x0bretry_after\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12*\n\ntask_state\x18\x03 \x01(\x0e\x32\x16.cbtm_api.v1.TaskState\"\x8e\x01\n\x13ReleaseLeaseRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x10\n\x08lease_id\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x03\x12\x32\n\x0erelease_reason\x18\x04 \x01(\x0e\x32\x1a.cbtm_api.v1.ReleaseReason\x12\x0e\n\x06\x64\x65tail\x18\x05 \x01(\t\"e\n\x14ReleaseLeaseResponse\x12!\n\x05lease\x18\x01 \x01(\x0b\x32\x12.cbtm_api.v1.Lease\x12*\n\ntask_state\x18\x02 \x01(\x0e\x32\x16.cbtm_api.v1.TaskState\"6\n\x0cProbeRequest\x12\x16\n\x0etransfer_bytes\x18\x01 \x01(\x03\x12\x0e\n\x06sha256\x18\x02 \x01(\t\"\x87\x02\n\rProbeResponse\x12/\n\x0bserver_time\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x16\n\x0eserver_version\x18\x02 \x01(\t\x12\x1a\n\x12min_worker_version\x18\x03 \x01(\t\x12#\n\x06upload\x18\x04 \x01(\x0b\x32\x13.cbtm_api.v1.Upload\x12\'\n\x08\x64ownload\x18\x05 \x01(\x0b\x32\x15.cbtm_api.v1.Download\x12\x18\n\x10model_parameters\x18\x06 \x01(\x03\x12\x17\n\x0fsequence_length\x18\x07 \x01(\x05\x12\x10\n\x08run_name\x18\x08 \x01(\t*l\n\tDirective\x12\x19\n\x15\x44IRECTIVE_UNSPECIFIED\x10\x00\x12\x16\n\x12\x44IRECTIVE_CONTINUE\x10\x01\x12\x18\n\x14\x44IRECTIVE_CHECKPOINT\x10\x02\x12\x12\n\x0e\x44IRECTIVE_STOP\x10\x03*\x9f\x01\n\rReleaseReason\x12\x1e\n\x1aRELEASE_REASON_UNSPECIFIED\x10\x00\x12\x1b\n\x17RELEASE_REASON_FINISHED\x10\x01\x12\x1c\n\x18RELEASE_REASON_PREEMPTED\x10\x02\x12\x19\n\x15RELEASE_REASON_FAILED\x10\x03\x12\x18\n\x14RELEASE_REASON_UNFIT\x10\x04\x32\x83\x06\n\rWorkerService\x12G\n\x08Register\x12\x1c.cbtm_api.v1.RegisterRequest\x1a\x1d.cbtm_api.v1.RegisterResponse\x12S\n\x0c\x41\x63quireLease\x12 .cbtm_api.v1.AcquireLeaseRequest\x1a!.cbtm_api.v1.AcquireLeaseResponse\x12M\n\nRenewLease\x12\x1e.cbtm_api.v1.RenewLeaseRequest\x1a\x1f.cbtm_api.v1.RenewLeaseResponse\x12Y\n\x0eListTaskShards\x12\".cbtm_api.v1.ListTaskShardsRequest\x1a#.cbtm_api.v1.ListTaskShardsResponse\x12\\\n\x0fPrepareDownload\x12#.cbtm_api.v1.PrepareDownloadRequest\x1a$.cbtm_api.v1.PrepareDownloadResponse\x12V\n\rPrepareUpload\x12!.cbtm_api.v1.PrepareUploadRequest\x1a\".cbtm_api.v1.PrepareUploadResponse\x12_\n\x10\x43ommitCheckpoint\x12$.cbtm_api.v1.CommitCheckpointRequest\x1a%.cbtm_api.v1.CommitCheckpointResponse\x12S\n\x0cReleaseLease\x12 .cbtm_api.v1.ReleaseLeaseRequest\x1a!.cbtm_api.v1.ReleaseLeaseResponse\x12>\n\x05Probe\x12\x19.cbtm_api.v1.ProbeRequest\x1a\x1a.cbtm_api.v1.ProbeResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'cbtm_api.v1.worker_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_DIRECTIVE']._serialized_start=2571
-  _globals['_DIRECTIVE']._serialized_end=2679
-  _globals['_RELEASEREASON']._serialized_start=2682
-  _globals['_RELEASEREASON']._serialized_end=2841
+  _globals['_DIRECTIVE']._serialized_start=2614
+  _globals['_DIRECTIVE']._serialized_end=2722
+  _globals['_RELEASEREASON']._serialized_start=2725
+  _globals['_RELEASEREASON']._serialized_end=2884
   _globals['_REGISTERREQUEST']._serialized_start=173
   _globals['_REGISTERREQUEST']._serialized_end=282
   _globals['_REGISTERRESPONSE']._serialized_start=284
@@ -51,32 +51,32 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TASKSPEC']._serialized_end=893
   _globals['_RENEWLEASEREQUEST']._serialized_start=895
   _globals['_RENEWLEASEREQUEST']._serialized_end=1008
-  _globals['_RENEWLEASERESPONSE']._serialized_start=1010
-  _globals['_RENEWLEASERESPONSE']._serialized_end=1124
-  _globals['_LISTTASKSHARDSREQUEST']._serialized_start=1126
-  _globals['_LISTTASKSHARDSREQUEST']._serialized_end=1221
-  _globals['_LISTTASKSHARDSRESPONSE']._serialized_start=1223
-  _globals['_LISTTASKSHARDSRESPONSE']._serialized_end=1308
-  _globals['_PREPAREDOWNLOADREQUEST']._serialized_start=1310
-  _globals['_PREPAREDOWNLOADREQUEST']._serialized_end=1381
-  _globals['_PREPAREDOWNLOADRESPONSE']._serialized_start=1383
-  _globals['_PREPAREDOWNLOADRESPONSE']._serialized_end=1450
-  _globals['_PREPAREUPLOADREQUEST']._serialized_start=1452
-  _globals['_PREPAREUPLOADREQUEST']._serialized_end=1579
-  _globals['_PREPAREUPLOADRESPONSE']._serialized_start=1581
-  _globals['_PREPAREUPLOADRESPONSE']._serialized_end=1687
-  _globals['_COMMITCHECKPOINTREQUEST']._serialized_start=1690
-  _globals['_COMMITCHECKPOINTREQUEST']._serialized_end=1833
-  _globals['_COMMITCHECKPOINTRESPONSE']._serialized_start=1836
-  _globals['_COMMITCHECKPOINTRESPONSE']._serialized_end=1999
-  _globals['_RELEASELEASEREQUEST']._serialized_start=2002
-  _globals['_RELEASELEASEREQUEST']._serialized_end=2144
-  _globals['_RELEASELEASERESPONSE']._serialized_start=2146
-  _globals['_RELEASELEASERESPONSE']._serialized_end=2247
-  _globals['_PROBEREQUEST']._serialized_start=2249
-  _globals['_PROBEREQUEST']._serialized_end=2303
-  _globals['_PROBERESPONSE']._serialized_start=2306
-  _globals['_PROBERESPONSE']._serialized_end=2569
-  _globals['_WORKERSERVICE']._serialized_start=2844
-  _globals['_WORKERSERVICE']._serialized_end=3615
+  _globals['_RENEWLEASERESPONSE']._serialized_start=1011
+  _globals['_RENEWLEASERESPONSE']._serialized_end=1167
+  _globals['_LISTTASKSHARDSREQUEST']._serialized_start=1169
+  _globals['_LISTTASKSHARDSREQUEST']._serialized_end=1264
+  _globals['_LISTTASKSHARDSRESPONSE']._serialized_start=1266
+  _globals['_LISTTASKSHARDSRESPONSE']._serialized_end=1351
+  _globals['_PREPAREDOWNLOADREQUEST']._serialized_start=1353
+  _globals['_PREPAREDOWNLOADREQUEST']._serialized_end=1424
+  _globals['_PREPAREDOWNLOADRESPONSE']._serialized_start=1426
+  _globals['_PREPAREDOWNLOADRESPONSE']._serialized_end=1493
+  _globals['_PREPAREUPLOADREQUEST']._serialized_start=1495
+  _globals['_PREPAREUPLOADREQUEST']._serialized_end=1622
+  _globals['_PREPAREUPLOADRESPONSE']._serialized_start=1624
+  _globals['_PREPAREUPLOADRESPONSE']._serialized_end=1730
+  _globals['_COMMITCHECKPOINTREQUEST']._serialized_start=1733
+  _globals['_COMMITCHECKPOINTREQUEST']._serialized_end=1876
+  _globals['_COMMITCHECKPOINTRESPONSE']._serialized_start=1879
+  _globals['_COMMITCHECKPOINTRESPONSE']._serialized_end=2042
+  _globals['_RELEASELEASEREQUEST']._serialized_start=2045
+  _globals['_RELEASELEASEREQUEST']._serialized_end=2187
+  _globals['_RELEASELEASERESPONSE']._serialized_start=2189
+  _globals['_RELEASELEASERESPONSE']._serialized_end=2290
+  _globals['_PROBEREQUEST']._serialized_start=2292
+  _globals['_PROBEREQUEST']._serialized_end=2346
+  _globals['_PROBERESPONSE']._serialized_start=2349
+  _globals['_PROBERESPONSE']._serialized_end=2612
+  _globals['_WORKERSERVICE']._serialized_start=2887
+  _globals['_WORKERSERVICE']._serialized_end=3658
 # @@protoc_insertion_point(module_scope)

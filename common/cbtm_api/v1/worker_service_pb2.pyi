@@ -278,21 +278,27 @@ class RenewLeaseResponse(_message.Message):
     LEASE_FIELD_NUMBER: _builtins.int
     DIRECTIVE_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
+    POLICY_FIELD_NUMBER: _builtins.int
     directive: Global___Directive.ValueType
     reason: _builtins.str
     """Why, when the directive is not CONTINUE."""
     @_builtins.property
     def lease(self) -> _resources_pb2.Lease: ...
+    @_builtins.property
+    def policy(self) -> _resources_pb2.LeasePolicy:
+        """What holds from now on, sized by what the worker measured; unset: what came with the task."""
+
     def __init__(
         self,
         *,
         lease: _resources_pb2.Lease | None = ...,
         directive: Global___Directive.ValueType = ...,
         reason: _builtins.str = ...,
+        policy: _resources_pb2.LeasePolicy | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["lease", b"lease"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["lease", b"lease", "policy", b"policy"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["directive", b"directive", "lease", b"lease", "reason", b"reason"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["directive", b"directive", "lease", b"lease", "policy", b"policy", "reason", b"reason"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

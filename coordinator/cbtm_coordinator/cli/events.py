@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections import deque
 from typing import Annotated, Any
 
 import typer
@@ -12,6 +13,7 @@ from cbtm_common.cli import show_json
 from cbtm_coordinator.cli.options import AdminToken, Coordinator, DataDir, Json, open_connection
 
 _FOLLOW_SECONDS = 1.0
+_OVERLAP = 100
 
 
 def events(
@@ -33,7 +35,8 @@ def events(
 
     from cbtm_api.v1 import admin_service_pb2 as ad
 
-    after = 0
+    # The ids of events are drawn before their transactions end, so that a smaller one may come to be seen later.
+    newest, seen = 0, deque[int](maxlen=4 * _OVERLAP)
     wait = threading.Event()
     # Ctrl-C is how following ends, no failure.
     with (
@@ -42,17 +45,25 @@ def events(
     ):
         while True:
             answer = connection.admin.ListEvents(
-                ad.ListEventsRequest(run=run, task_id=task, worker_id=worker, after_id=after, page_size=limit)
+                ad.ListEventsRequest(
+                    run=run,
+                    task_id=task,
+                    worker_id=worker,
+                    after_id=max(1, newest - _OVERLAP) if newest else 0,
+                    page_size=max(limit, 2 * _OVERLAP) if newest else limit,
+                )
             )
             if as_json and not follow:
                 show_json([_fields(event) for event in answer.events])
                 return
-            for event in answer.events:
-                after = event.id
+            fresh = [event for event in answer.events if event.id not in seen]
+            for event in fresh:
+                seen.append(event.id)
+                newest = max(newest, event.id)
                 typer.echo(json.dumps(_fields(event)) if as_json else _line(_fields(event)))
             if not follow:
                 return
-            if not answer.events:
+            if not fresh:
                 wait.wait(_FOLLOW_SECONDS)
 
 

@@ -152,6 +152,7 @@ def run_facts(connection: Connection, run: str) -> dict[str, Any]:
         "estimated_remaining_seconds": (
             from_duration(answer.estimated_remaining).total_seconds() if remaining else None
         ),
+        "waiting_workers": [{"worker": w.name, "reason": w.reason} for w in answer.waiting_workers],
         "tasks": tasks,
     }
 
@@ -224,6 +225,7 @@ def render_run(facts: dict[str, Any]) -> Group:
     for row in rows:
         table.add_row(*(row[n] for n in shown))
     notes = [Text(f"{_task_name(t)}: {note}", style="dim") for t in facts["tasks"] if (note := _note(t))]
+    notes += [Text(f"{w['worker']}: {w['reason']}", style="dim") for w in facts["waiting_workers"]]
     return Group(header, table, *notes)
 
 

@@ -223,6 +223,7 @@ class AdminServicer(AdminServiceServicer):
             names = identities.worker_names(tx, [lease.worker_id for lease in live.values()])
             newest = checkpoints.newest_committed(tx, [t.id for t in found])
             clusters = {c.id: c for c in runs.list_clusters(tx, run, limit=run.cluster_count)}
+            waiting = identities.backed_off_workers(tx, self._store.now())
         response = ad.GetRunStatusResponse(run=convert.run(run), server_time=timestamp(self._store.now()))
         for task in found:
             lease = live.get(task.id)
@@ -235,6 +236,7 @@ class AdminServicer(AdminServiceServicer):
                 status.checkpoint.CopyFrom(convert.checkpoint(newest[task.id], files=False))
             if task.cluster_id in clusters:
                 status.cluster.CopyFrom(convert.cluster(clusters[task.cluster_id], examples=False))
+        response.waiting_workers.extend(convert.worker(w) for w in waiting)
         remaining = _remaining(run, found, live)
         if remaining is not None:
             response.estimated_remaining.CopyFrom(duration(remaining))

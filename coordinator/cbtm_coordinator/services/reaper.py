@@ -100,6 +100,7 @@ class Reaper:
                 point("coordinator.prune.after_delete")
             with self._store.writing() as tx:
                 checkpoints.mark_deleted(tx, checkpoint.id)
+            point("coordinator.prune.after_mark")
         return len(found)
 
     def collect_orphans(self) -> int:
@@ -108,7 +109,9 @@ class Reaper:
         orphans = 0
         for listed in list(self._objects.list("runs/")) + list(self._objects.list("scratch/")):
             if listed.modified < before and not self._is_known(listed.key):
+                point("coordinator.orphan.before_delete")
                 self._objects.delete(listed.key)
+                point("coordinator.orphan.after_delete")
                 orphans += 1
         for upload in list(self._objects.list_multipart("runs/")) + list(self._objects.list_multipart("scratch/")):
             # One that a row knows may go on for days, over a slow link.

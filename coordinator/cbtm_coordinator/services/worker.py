@@ -19,7 +19,7 @@ from cbtm_common.ids import hash_secret, new_id
 from cbtm_common.protos import duration, from_struct, timestamp
 from cbtm_common.recipe import Recipe
 from cbtm_coordinator.lifecycle import CheckpointState, RunState, TaskKind
-from cbtm_coordinator.scheduler import poll_after
+from cbtm_coordinator.scheduler import Measured, Pace, poll_after
 from cbtm_coordinator.services import convert, paging
 from cbtm_coordinator.services.auth import caller
 from cbtm_coordinator.services.commit import Verifier
@@ -66,6 +66,7 @@ class WorkerServicer(WorkerServiceServicer):
             return ws.RegisterResponse(worker=convert.worker(worker))
 
         response = self._context.once(request, ws.RegisterResponse, answer)
+        point("coordinator.register.after_commit")
         response.credential = self._context.secret("worker", response.worker.id)
         return response
 
@@ -141,13 +142,22 @@ class WorkerServicer(WorkerServiceServicer):
                     tokens_per_second=speed if 0 <= speed < math.inf else 0.0,
                     phase=_printable(given.phase, 32),
                     transferred_bytes=given.transferred_bytes,
+                    measured=Measured(
+                        step_seconds=given.step_seconds,
+                        upload_bytes_per_second=given.upload_bytes_per_second,
+                        checkpoint_bytes=given.checkpoint_bytes,
+                        renew_seconds=given.renew_seconds,
+                    ),
                 ),
             )
+            point("coordinator.renew.before_commit")
         point("coordinator.renew.after_commit")
         return ws.RenewLeaseResponse(
             lease=convert.lease(lease),
             directive=ws.Directive.Value(f"DIRECTIVE_{told.directive}"),
             reason=told.reason,
+            # Most leases go as they began.
+            policy=_sized(told.pace) if told.pace.reason else None,
         )
 
     def ListTaskShards(self, request: ws.ListTaskShardsRequest, context: Any) -> ws.ListTaskShardsResponse:
@@ -206,10 +216,12 @@ class WorkerServicer(WorkerServiceServicer):
             )
         point("coordinator.prepare.after_begin")
         visible = checkpoint.state is not CheckpointState.UPLOADING
-        return ws.PrepareUploadResponse(
+        response = ws.PrepareUploadResponse(
             checkpoint=convert.checkpoint(checkpoint),
             uploads=[] if visible else [self._context.upload(f) for f in checkpoint.files],
         )
+        point("coordinator.prepare.after_sign")
+        return response
 
     def CommitCheckpoint(self, request: ws.CommitCheckpointRequest, context: Any) -> ws.CommitCheckpointResponse:
         worker_id = caller.get().id
@@ -292,6 +304,7 @@ class WorkerServicer(WorkerServiceServicer):
                 is_unfit=reason == ws.RELEASE_REASON_UNFIT,
                 detail=_printable(request.detail, _MAX_DETAIL),
             )
+            point("coordinator.release.before_commit")
             return ws.ReleaseLeaseResponse(lease=convert.lease(lease), task_state=convert.task_state(task))
 
         response = self._context.once(request, ws.ReleaseLeaseResponse, answer)
@@ -325,6 +338,13 @@ class WorkerServicer(WorkerServiceServicer):
             response.upload.CopyFrom(self._context.upload(file))
             response.download.CopyFrom(self._context.download([file], [file.key])[0])
         return response
+
+
+def _sized(pace: Pace) -> pb.LeasePolicy:
+    """How often to renew stays what came with the task."""
+    return pb.LeasePolicy(
+        lease_duration=duration(pace.lease), checkpoint_interval=duration(pace.checkpoint), reason=pace.reason
+    )
 
 
 def convert_file(key: str, size: int, sha256: str) -> FileSpec:

@@ -84,6 +84,10 @@ def make_app(
             )
         except _WrongLength as error:
             return await _refuse(request, error.status, "INVALID_ARGUMENT", str(error), drain_seconds=drain_seconds)
+        except OSError as error:
+            # A disk that fails: whoever sends tries again.
+            _log.error("%s %s: %s", request.method, request.url.path, error)
+            return await _refuse(request, 500, "IO", "the store's disk failed", drain_seconds=drain_seconds)
         except ClientDisconnect:
             # Nobody is left to read it.
             return Response(status_code=400)

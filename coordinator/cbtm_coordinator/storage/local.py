@@ -31,7 +31,7 @@ from typing import BinaryIO, Self
 
 from cbtm_common.errors import AlreadyExists, IntegrityError, InvalidArgument, NotFound, ResourceExhausted, Unavailable
 from cbtm_common.faults import point
-from cbtm_common.files import hash_file, safe_join
+from cbtm_common.files import hash_file, is_disk_full, safe_join
 from cbtm_coordinator.storage.base import (
     CHUNK,
     MAX_PARTS,
@@ -152,14 +152,17 @@ class LocalStore:
     def accept(self, incoming: Incoming, grant: Grant) -> None:
         """Makes what came in the part or the object that the grant is for."""
         digest = incoming.finish()
-        if grant.upload_id:
-            directory = self._upload(grant.key, grant.upload_id)
-            os.replace(incoming.path, directory / f"{grant.part:05d}")
-            _sync_directory(directory)
-            return
-        if digest != grant.sha256:
-            raise IntegrityError(f"the SHA-256 of what came is {digest}; {grant.sha256} was signed")
-        self._publish(incoming, grant.key, digest)
+        with self._disk():
+            if grant.upload_id:
+                directory = self._upload(grant.key, grant.upload_id)
+                point("storage.part.before_rename")
+                os.replace(incoming.path, directory / f"{grant.part:05d}")
+                _sync_directory(directory)
+                point("storage.part.after_rename")
+                return
+            if digest != grant.sha256:
+                raise IntegrityError(f"the SHA-256 of what came is {digest}; {grant.sha256} was signed")
+            self._publish(incoming, grant.key, digest)
 
     def _publish(self, incoming: Incoming, key: str, digest: str) -> None:
         point("storage.put.before_rename")
@@ -174,6 +177,7 @@ class LocalStore:
                 pass
             raise AlreadyExists(f"something else is stored under {key}; it is never replaced", metadata={"key": key})
         _sync_directory(target.parent)
+        point("storage.put.before_digest")
         self._note_digest(key, incoming.size, digest)
         point("storage.put.after_rename")
 
@@ -184,9 +188,10 @@ class LocalStore:
         upload_id = secrets.token_hex(16)
         # Under a temporary name first: an upload is never seen without its key.
         temporary = self._incoming / upload_id
-        temporary.mkdir()
-        (temporary / "upload.json").write_text(json.dumps({"key": key, "started": time.time()}))
-        os.replace(temporary, self._uploads / upload_id)
+        with self._disk():
+            temporary.mkdir()
+            (temporary / "upload.json").write_text(json.dumps({"key": key, "started": time.time()}))
+            os.replace(temporary, self._uploads / upload_id)
         return upload_id
 
     def list_parts(self, key: str, upload_id: str) -> list[Part]:
@@ -207,7 +212,7 @@ class LocalStore:
     def complete_multipart(self, key: str, upload_id: str, parts: Sequence[Part]) -> None:
         directory = self._upload(key, upload_id)
         try:
-            with self.receive(sum(part.size for part in parts)) as incoming:
+            with self._disk(), self.receive(sum(part.size for part in parts)) as incoming:
                 for part in sorted(parts, key=lambda p: p.number):
                     with (directory / f"{part.number:05d}").open("rb") as file:
                         while chunk := file.read(CHUNK):
@@ -233,6 +238,16 @@ class LocalStore:
                         stat = path.stat()
                         modified = datetime.fromtimestamp(stat.st_mtime, UTC)
                         yield ListedObject(key=key, size=stat.st_size, modified=modified)
+
+    @contextlib.contextmanager
+    def _disk(self) -> Iterator[None]:
+        """Says of a full disk, whatever could not be written, what to do about it."""
+        try:
+            yield
+        except OSError as error:
+            if is_disk_full(error):
+                raise ResourceExhausted(_disk_full(self.folder, str(error))) from error
+            raise
 
     # Paths
 
@@ -304,7 +319,7 @@ class Incoming:
         return self._digest.hexdigest()
 
     def _explained(self, error: OSError) -> Exception:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if is_disk_full(error):
             return ResourceExhausted(_disk_full(self.path.parent, f"after {self._received:,} of {self.size:,} bytes"))
         return error
 

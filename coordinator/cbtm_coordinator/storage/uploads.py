@@ -10,6 +10,7 @@ from datetime import timedelta
 
 from cbtm_api.v1 import resources_pb2 as pb
 from cbtm_common.errors import AlreadyExists, NotFound
+from cbtm_common.faults import point
 from cbtm_common.files import FileSpec
 from cbtm_coordinator.storage.base import PART_SIZE, ObjectStore, Part, part_sizes
 
@@ -42,7 +43,7 @@ def prepare_upload(
         upload.request.CopyFrom(signed.to_proto())
         return upload
     sizes = part_sizes(file.size, part_size)
-    upload_id = _find_upload(store, file.key) or store.create_multipart(file.key)
+    upload_id = _find_upload(store, file.key) or _create(store, file.key)
     held = {p.number: p.size for p in store.list_parts(file.key, upload_id)}
     upload.multipart.upload_id = upload_id
     upload.multipart.part_size = sizes[0]
@@ -77,10 +78,12 @@ def finish_upload(store: ObjectStore, file: FileSpec, *, part_size: int = PART_S
 
 def discard(store: ObjectStore, file: FileSpec) -> None:
     """Deletes the object under `file.key` and whatever is open for it: a wrong one must not block the right one."""
+    point("storage.discard.before")
     for open_upload in list(store.list_multipart(file.key)):
         if open_upload.key == file.key:
             store.abort_multipart(file.key, open_upload.upload_id)
     store.delete(file.key)
+    point("storage.discard.after")
 
 
 def _find_upload(store: ObjectStore, key: str) -> str | None:
@@ -89,9 +92,18 @@ def _find_upload(store: ObjectStore, key: str) -> str | None:
     return max(found, key=lambda u: (u.started, u.upload_id)).upload_id if found else None
 
 
+def _create(store: ObjectStore, key: str) -> str:
+    point("storage.multipart.before_create")
+    upload_id = store.create_multipart(key)
+    point("storage.multipart.after_create")
+    return upload_id
+
+
 def _complete(store: ObjectStore, file: FileSpec, upload_id: str, parts: list[Part]) -> None:
+    point("storage.multipart.before_complete")
     try:
         store.complete_multipart(file.key, upload_id, parts)
+        point("storage.multipart.after_complete")
     except NotFound:
         # Somebody else completed it in between.
         stat = store.stat(file.key)

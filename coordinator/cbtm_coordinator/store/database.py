@@ -17,6 +17,7 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from cbtm_common.errors import InvalidArgument, Unavailable
+from cbtm_common.faults import point
 
 _BUSY_SECONDS = 30
 _NETWORK_FILE_SYSTEMS = {
@@ -70,6 +71,8 @@ def writing(engine: Engine) -> Iterator[Connection]:
     try:
         with engine.begin() as connection:
             yield connection
+            point("database.commit.before")
+        point("database.commit.after")
     except PoolTimeout as error:
         raise Unavailable("the registry's database connections are all busy; try again") from error
     except DBAPIError as error:

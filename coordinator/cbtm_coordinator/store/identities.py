@@ -155,6 +155,13 @@ def list_workers(tx: Connection, *, after_id: str = "", limit: int = 100) -> lis
     return [_worker(row) for row in rows]
 
 
+def backed_off_workers(tx: Connection, now: datetime, *, limit: int = 100) -> list[WorkerRecord]:
+    """Those that failed and are given no work now; the longest wait first."""
+    waiting = workers.c.not_before_time > now, workers.c.state == WorkerState.ACTIVE.value
+    rows = tx.execute(_WORKERS.where(*waiting).order_by(workers.c.not_before_time.desc()).limit(limit))
+    return [_worker(row) for row in rows]
+
+
 def worker_names(tx: Connection, worker_ids: Sequence[str]) -> dict[str, str]:
     rows = tx.execute(select(workers.c.id, workers.c.name).where(workers.c.id.in_(worker_ids)))
     return {row.id: row.name for row in rows}

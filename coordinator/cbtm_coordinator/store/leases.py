@@ -6,7 +6,7 @@ Invariants 1 and 2: a claim is one guarded update that raises the task's epoch; 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import datetime, timedelta
+from datetime import datetime
 from functools import lru_cache
 
 from sqlalchemy import Connection, and_, bindparam, case, exists, func, insert, or_, select, update
@@ -19,10 +19,11 @@ from cbtm_coordinator.lifecycle import LeaseState, TaskKind, TaskState, sources
 from cbtm_coordinator.scheduler import (
     Candidate,
     DirectiveDecision,
+    Measured,
     expiry_reason,
     lease_directive,
+    pace,
     rank,
-    stall_deadline,
 )
 from cbtm_coordinator.store import events, identities
 from cbtm_coordinator.store.records import LeaseRecord, Progress, TaskRecord
@@ -69,7 +70,7 @@ def _claim(tx: Connection, now: datetime, task_id: str) -> TaskRecord | None:
 
 def _new_lease(tx: Connection, now: datetime, task: TaskRecord, worker_id: str) -> LeaseRecord:
     lease_id = new_id("lease")
-    lease = timedelta(seconds=lease_policy(tx, task.run_id).lease_seconds)
+    begin = pace(lease_policy(tx, task.run_id), Measured())
     tx.execute(
         insert(leases).values(
             id=lease_id,
@@ -79,8 +80,8 @@ def _new_lease(tx: Connection, now: datetime, task: TaskRecord, worker_id: str) 
             state=LeaseState.LIVE.value,
             acquire_time=now,
             renew_time=now,
-            expire_time=now + lease,
-            stall_time=stall_deadline(now=now, lease=lease),
+            expire_time=now + begin.lease,
+            stall_time=now + begin.patience,
             step=task.committed_step,
         )
     )
@@ -241,17 +242,16 @@ def renew(
     row = tx.execute(_RENEWING, {"of_lease": lease_id}).one_or_none()
     if row is None:
         raise LeaseLost(f"there is no lease {lease_id}", metadata={"lease_id": lease_id})
-    policy = _lease_recipe(row.recipe_json)
-    lease = timedelta(seconds=policy.lease_seconds)
+    sized = pace(_lease_recipe(row.recipe_json), progress.measured)
     renewed = tx.execute(
         _RENEW,
         {
             "of_lease": lease_id,
             "of_epoch": epoch,
             "of_worker": worker_id,
-            "new_expire_time": now + lease,
+            "new_expire_time": now + sized.lease,
             "new_renew_time": now,
-            "new_stall_time": stall_deadline(now=now, lease=lease),
+            "new_stall_time": now + sized.patience,
             "new_step": progress.step,
             "new_loss": progress.loss,
             "new_tokens_per_second": progress.tokens_per_second,
@@ -269,7 +269,7 @@ def renew(
         step=progress.step,
         committed_step=row.committed_step,
         last_checkpoint=row.last_checkpoint or row.acquire_time,
-        interval=timedelta(seconds=policy.checkpoint_seconds),
+        pace=sized,
     )
     return LeaseRecord.of(renewed), told
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from datetime import datetime
 from enum import StrEnum
 from functools import cache
@@ -14,6 +14,7 @@ from sqlalchemy import Row
 
 from cbtm_common.files import FileSpec
 from cbtm_coordinator.lifecycle import CheckpointState, LeaseState, RunState, TaskKind, TaskState, WorkerState
+from cbtm_coordinator.scheduler import Measured
 
 _ENUMS = {e.__name__: e for e in (RunState, TaskState, TaskKind, LeaseState, CheckpointState, WorkerState)}
 
@@ -239,6 +240,7 @@ class Progress:
     tokens_per_second: float = 0.0
     phase: str = ""
     transferred_bytes: int = 0
+    measured: Measured = field(default_factory=Measured)
 
 
 def files_to_json(files: Sequence[FileSpec]) -> str:

@@ -5,22 +5,29 @@ from __future__ import annotations
 from datetime import UTC, datetime, timedelta
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from cbtm_common.recipe import LeaseRecipe
 from cbtm_coordinator.lifecycle import TaskKind
 from cbtm_coordinator.scheduler import (
     Candidate,
     Directive,
     DirectiveDecision,
+    Measured,
     backoff,
     expiry_reason,
     lease_directive,
+    pace,
     poll_after,
     rank,
-    stall_deadline,
 )
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 MINUTE = timedelta(minutes=1)
+HOUR = timedelta(hours=1)
+BOUNDS = LeaseRecipe()
+BEGIN = pace(BOUNDS, Measured())
 
 
 def _candidate(
@@ -55,12 +62,12 @@ def _told(
         step=step,
         committed_step=committed,
         last_checkpoint=NOW - since,
-        interval=10 * MINUTE,
+        pace=BEGIN,
     )
 
 
 def test_a_worker_on_time_goes_on_without_a_reason() -> None:
-    assert _told() == DirectiveDecision(directive=Directive.CONTINUE, reason="")
+    assert _told() == DirectiveDecision(directive=Directive.CONTINUE, reason="", pace=BEGIN)
 
 
 def test_a_paused_run_stops_its_workers_also_when_a_checkpoint_is_late() -> None:
@@ -111,9 +118,55 @@ def test_a_silent_worker_and_a_hung_one_lose_their_leases_for_different_reasons(
     assert "hangs" in hung
 
 
-def test_short_leases_do_not_make_a_slow_step_look_hung() -> None:
-    assert stall_deadline(now=NOW, lease=timedelta(seconds=2)) == NOW + 10 * MINUTE
-    assert stall_deadline(now=NOW, lease=5 * MINUTE) == NOW + 50 * MINUTE
+def test_a_lease_begins_as_the_run_says_and_stays_so_on_a_fast_machine() -> None:
+    fast = Measured(step_seconds=0.5, upload_bytes_per_second=100e6, checkpoint_bytes=1_500_000_000, renew_seconds=0.02)
+    assert pace(BOUNDS, fast) == BEGIN
+    assert (BEGIN.lease, BEGIN.checkpoint, BEGIN.patience) == (2 * MINUTE, 10 * MINUTE, 10 * MINUTE)
+    assert BEGIN.reason == ""
+
+
+def test_eighty_gigabytes_over_a_slow_link_get_a_longer_lease_fewer_checkpoints_and_more_patience() -> None:
+    sized = pace(BOUNDS, Measured(step_seconds=5, upload_bytes_per_second=16e6, checkpoint_bytes=80_000_000_000))
+    assert sized.lease == timedelta(seconds=250)
+    # 5,000 s to send; half of the time at most goes by sending.
+    assert sized.checkpoint == timedelta(seconds=10_000)
+    # Reading 80 GB back moves no byte that the worker sees.
+    assert sized.patience == timedelta(seconds=3200)
+    assert sized.reason == "a checkpoint of 80 GB takes 5000 s to send, a step takes 5 s"
+
+
+def test_a_slow_device_gets_time_for_some_steps_between_checkpoints_and_is_not_taken_to_hang() -> None:
+    sized = pace(BOUNDS, Measured(step_seconds=600))
+    assert sized.checkpoint == timedelta(seconds=2400)
+    assert sized.patience == timedelta(seconds=6000)
+    assert sized.lease == BEGIN.lease
+
+
+def test_a_link_so_full_that_renewals_are_slow_gets_a_longer_lease() -> None:
+    sized = pace(BOUNDS, Measured(renew_seconds=45))
+    assert sized.lease == timedelta(seconds=225)
+    assert sized.reason == "a renewal took 45 s"
+
+
+@given(
+    st.builds(
+        Measured,
+        step_seconds=st.floats(),
+        upload_bytes_per_second=st.floats(),
+        checkpoint_bytes=st.integers(-(2**63), 2**63 - 1),
+        renew_seconds=st.floats(),
+    )
+)
+def test_whatever_a_worker_says_of_itself_the_bounds_of_the_run_hold(measured: Measured) -> None:
+    sized = pace(BOUNDS, measured)
+    assert 2 * MINUTE <= sized.lease <= timedelta(seconds=BOUNDS.max_lease_seconds)
+    assert 10 * MINUTE <= sized.checkpoint <= timedelta(seconds=BOUNDS.max_checkpoint_seconds)
+    assert 10 * MINUTE <= sized.patience <= timedelta(seconds=BOUNDS.max_stall_seconds)
+
+
+def test_a_run_whose_least_is_above_its_most_gets_its_least() -> None:
+    sized = pace(LeaseRecipe(lease_seconds=3600), Measured(renew_seconds=1e6))
+    assert sized.lease == HOUR
 
 
 def test_an_idle_worker_asks_soon_while_work_may_come_free() -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from datetime import timedelta
 
 import pytest
 from sqlalchemy import select
 
 from cbtm_common.errors import LeaseLost, PermissionDenied
 from cbtm_coordinator.lifecycle import LeaseState, RunState, TaskKind, TaskState
-from cbtm_coordinator.scheduler import Candidate, rank
+from cbtm_coordinator.scheduler import Candidate, Measured, rank
 from cbtm_coordinator.store import events, leases, runs, tasks
 from cbtm_coordinator.store.records import LeaseRecord, Progress
 from cbtm_coordinator.tables import leases as leases_table
@@ -187,6 +188,39 @@ def test_a_renewed_lease_without_progress_is_taken_to_hang_and_counts_an_attempt
     (task,) = registry.tasks(run)
     assert (task.state, task.attempts) == (TaskState.PENDING, 1)
     assert task.not_before_time > registry.clock()
+
+
+def test_a_slow_worker_gets_a_longer_lease_and_more_patience_and_is_told_so(registry: Registry) -> None:
+    registry.run(clusters=1)
+    lease = registry.lease()
+    slow = Measured(step_seconds=300, upload_bytes_per_second=1e6, checkpoint_bytes=8_000_000_000)
+    with registry.store.writing() as tx:
+        renewed, told = leases.renew(
+            tx,
+            registry.clock(),
+            lease_id=lease.id,
+            epoch=lease.epoch,
+            worker_id=lease.worker_id,
+            progress=Progress(step=1, phase="train", measured=slow),
+        )
+    assert told.pace.lease == timedelta(seconds=400)
+    assert renewed.expire_time == registry.clock() + told.pace.lease
+    assert told.pace.reason
+    # Longer than a lease of the run's, and than a step of a worker that was not slow.
+    for _ in range(3):
+        registry.clock.advance(390)
+        assert registry.expire_due() == []
+        with registry.store.writing() as tx:
+            leases.renew(
+                tx,
+                registry.clock(),
+                lease_id=lease.id,
+                epoch=lease.epoch,
+                worker_id=lease.worker_id,
+                progress=Progress(step=1, phase="train", measured=slow),
+            )
+    # Checkpoints are asked for later, too: half of the time may go by sending.
+    assert told.pace.checkpoint == timedelta(seconds=RECIPE.lease.max_checkpoint_seconds)
 
 
 def test_a_slow_download_is_progress(registry: Registry) -> None:

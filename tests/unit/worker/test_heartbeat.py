@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -31,11 +30,14 @@ class Clock:
         return self.now
 
 
-def make(session: FakeSession, clock: Clock | None = None, *, renew: float = 10.0) -> Heartbeat:
+def make(
+    session: FakeSession, clock: Clock | None = None, *, renew: float = 10.0, said: list[str] | None = None
+) -> Heartbeat:
     policy = pb.LeasePolicy(
-        lease_duration=duration(timedelta(seconds=60)), renew_interval=duration(timedelta(seconds=renew))
+        lease_duration=duration(60.0), renew_interval=duration(renew), checkpoint_interval=duration(600.0)
     )
     options: dict[str, Any] = {"clock": clock} if clock else {}
+    options |= {} if said is None else {"say": said.append}
     return Heartbeat(session, HELD, policy, committed_step=7, **options)  # type: ignore[arg-type]
 
 
@@ -154,3 +156,37 @@ def test_it_stops_renewing_a_lease_that_is_lost() -> None:
     assert heartbeat.ended.wait(10)
     heartbeat.close()
     assert len(session.arguments("renew")) == 1
+
+
+def test_what_was_measured_goes_along_and_the_pace_that_comes_back_holds_until_it_is_taken_back() -> None:
+    session, clock = FakeSession(), Clock()
+    said: list[str] = []
+    heartbeat = make(session, clock, said=said)
+    heartbeat.update(phase="train", step=8, step_seconds=5.0)
+    heartbeat.uploads(checkpoint_bytes=80_000, bytes_per_second=0.0)
+    heartbeat.uploads(checkpoint_bytes=0, bytes_per_second=16.0)
+    slower = pb.LeasePolicy(
+        lease_duration=duration(250.0), checkpoint_interval=duration(10_000.0), reason="a step takes 5 s"
+    )
+
+    def slow() -> None:
+        clock.now += 3
+
+    session.answers["renew"] += [ws.RenewLeaseResponse(policy=slower), slow]
+    heartbeat.beat()
+    assert (heartbeat.seconds_left, heartbeat.checkpoint_seconds) == (250.0, 10_000.0)
+    assert said == ["a checkpoint every 10000 s from now on: a step takes 5 s"]
+    heartbeat.beat()
+    assert (heartbeat.seconds_left, heartbeat.checkpoint_seconds) == (57.0, 600.0)
+    heartbeat.beat()
+    first, _, third = session.arguments("renew")
+    assert (first.step_seconds, first.checkpoint_bytes, first.upload_bytes_per_second) == (5.0, 80_000, 16.0)
+    assert (first.renew_seconds, third.renew_seconds) == (0.0, 3.0)
+
+
+def test_what_ends_the_lease_is_said_at_once_though_the_device_may_hang() -> None:
+    session = FakeSession()
+    said: list[str] = []
+    session.answers["renew"].append(LeaseLost("it is EXPIRED: renewed, but without a step: the worker hangs"))
+    make(session, said=said).beat()
+    assert said == ["the lease is over: it is EXPIRED: renewed, but without a step: the worker hangs"]

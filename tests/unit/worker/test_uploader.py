@@ -126,6 +126,18 @@ def test_the_newest_committed_one_stays_and_older_ones_go(bench: Bench) -> None:
     assert bench.steps_here == [15]
 
 
+def test_the_size_of_checkpoints_and_the_speed_of_the_link_are_measured(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # So that the first bytes count already; elapsed time is real, and at least some microseconds.
+    monkeypatch.setattr(sender, "_RATE_SECONDS", 0.0)
+    bench.submit(5)
+    assert bench.uploader.flush()
+    told = bench.heartbeat.progress
+    assert told.checkpoint_bytes == sum(path.stat().st_size for path in bench.local.path(5).iterdir())
+    assert told.upload_bytes_per_second > 0
+
+
 def test_what_waits_is_dropped_for_what_is_newer(bench: Bench) -> None:
     gate = Gate()
     bench.transfer.answers.append(gate)

@@ -100,10 +100,10 @@ def write_checkpoint(snapshot: Snapshot, directory: Path, *, final: bool) -> Non
     if snapshot.optimizer is None and not final:
         raise InvalidState("a snapshot without optimizer state can only be written as a final checkpoint")
     directory.parent.mkdir(parents=True, exist_ok=True)
-    faults.point("worker.checkpoint.before_write")
     _require_space(directory.parent, snapshot.nbytes + _SLACK_BYTES)
     temporary = directory.with_name(f".{directory.name}.{secrets.token_hex(4)}.partial")
     try:
+        faults.point("worker.checkpoint.before_write")
         _write(snapshot, temporary, final=final)
         _sync_tree(temporary)
         faults.point("worker.checkpoint.after_write")
