@@ -333,8 +333,8 @@ def test_a_release_says_why(run: pb.Run, worker: RawWorker) -> None:
         worker.release(lease, ws.RELEASE_REASON_UNSPECIFIED)
 
 
-def test_a_worker_that_failed_waits_before_it_is_given_work_again(
-    admin: Connection, run: pb.Run, worker: RawWorker
+def test_a_worker_that_failed_waits_before_it_is_given_work_again_and_status_says_why(
+    coordinator: RunningCoordinator, admin: Connection, run: pb.Run, worker: RawWorker
 ) -> None:
     lease = worker.lease()
     worker.release(lease, ws.RELEASE_REASON_FAILED)
@@ -342,7 +342,11 @@ def test_a_worker_that_failed_waits_before_it_is_given_work_again(
     answer = worker.acquire()
     assert not answer.HasField("lease")
     assert answer.retry_after.ToTimedelta().total_seconds() > 0
-    assert answer.reason
+    assert "1 failure(s) in a row of this worker; waits 15 s" in answer.reason
+    (waiting,) = [w for w in _status(admin, run).waiting_workers if w.id == worker.id]
+    assert waiting.reason == answer.reason
+    shown = coordinator.coord("status", "web")
+    assert f"{waiting.name}: {waiting.reason}" in " ".join(shown.stdout.split())
 
 
 def test_a_paused_run_tells_its_workers_to_stop_and_gives_nothing_out(
