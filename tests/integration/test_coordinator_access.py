@@ -54,12 +54,6 @@ def coordinator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningCoo
 
 
 @pytest.fixture(scope="module")
-def admin(coordinator: RunningCoordinator) -> Iterator[Connection]:
-    with coordinator.connect(coordinator.token("admin")) as connection:
-        yield connection
-
-
-@pytest.fixture(scope="module")
 def worker(coordinator: RunningCoordinator) -> Iterator[RawWorker]:
     with contextlib.closing(RawWorker(coordinator)) as made:
         yield made

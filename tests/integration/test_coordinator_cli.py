@@ -14,7 +14,7 @@ from cbtm_api.v1 import catalog_service_pb2 as cs
 from cbtm_api.v1 import worker_service_pb2 as ws
 from cbtm_common.recipe import LeaseRecipe
 from cbtm_common.rpc import Connection
-from tests.support.coordinator import RunningCoordinator, running_coordinator
+from tests.support.coordinator import RunningCoordinator
 from tests.support.raw_run import RECIPE, RawWorker, make_run
 from tests.support.run_fixture import zygote
 
@@ -47,12 +47,6 @@ def coord(*arguments: str, data_dir: Path, env: dict[str, str] | None = None) ->
     log.unlink(missing_ok=True)
     child = zygote().spawn("cbtm-coord", arguments, log, {"CBTM_DATA_DIR": str(data_dir), **(env or {})})
     return Ended(returncode=child.wait(), output=child.output)
-
-
-@pytest.fixture(scope="module")
-def coordinator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningCoordinator]:
-    with running_coordinator(tmp_path_factory.mktemp("cli")) as running:
-        yield running
 
 
 @pytest.fixture(scope="module")

@@ -19,22 +19,10 @@ from cbtm_common.files import describe, hash_file
 from cbtm_common.ids import new_request_id
 from cbtm_common.rpc import Connection
 from cbtm_common.shards import read_shard
-from tests.support.coordinator import RunningCoordinator, running_coordinator
+from tests.support.coordinator import RunningCoordinator
 from tests.support.raw_run import STEPS, RawWorker, checkpoint_folder, make_run
 
 pytestmark = pytest.mark.integration
-
-
-@pytest.fixture(scope="module")
-def coordinator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningCoordinator]:
-    with running_coordinator(tmp_path_factory.mktemp("leases")) as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def admin(coordinator: RunningCoordinator) -> Iterator[Connection]:
-    with coordinator.connect(coordinator.token("admin")) as connection:
-        yield connection
 
 
 @pytest.fixture

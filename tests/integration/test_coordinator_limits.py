@@ -15,17 +15,11 @@ from cbtm_api.v1.catalog_service_pb2_grpc import CatalogServiceServicer, add_Cat
 from cbtm_common.errors import DeadlineExceeded, ResourceExhausted
 from cbtm_common.rpc import CHANNEL_OPTIONS, MAX_MESSAGE_BYTES, Connection, RetryPolicy, connect
 from cbtm_coordinator.server import _SERVER_OPTIONS
-from tests.support.coordinator import RunningCoordinator, running_coordinator
+from tests.support.coordinator import RunningCoordinator
 
 pytestmark = pytest.mark.integration
 _UNLIMITED = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
 _TOO_LARGE = MAX_MESSAGE_BYTES + 1
-
-
-@pytest.fixture(scope="module")
-def coordinator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningCoordinator]:
-    with running_coordinator(tmp_path_factory.mktemp("limits")) as running:
-        yield running
 
 
 def _resident_bytes(pid: int) -> int:

@@ -23,7 +23,7 @@ from cbtm_common.errors import CbtmError
 from cbtm_common.files import describe
 from cbtm_common.ids import new_request_id
 from cbtm_common.rpc import Connection
-from tests.support.coordinator import RunningCoordinator, running_coordinator
+from tests.support.coordinator import RunningCoordinator
 from tests.support.raw_run import RECIPE, STEPS, RawWorker, checkpoint_folder, create_run, make_run, new_clusters
 
 pytestmark = pytest.mark.integration
@@ -195,18 +195,6 @@ _SCENES: dict[str, Callable[[Scene], Call]] = {
     "CreateToken": _create_token,
     "RevokeToken": _revoke_token,
 }
-
-
-@pytest.fixture(scope="module")
-def coordinator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningCoordinator]:
-    with running_coordinator(tmp_path_factory.mktemp("retries")) as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def admin(coordinator: RunningCoordinator) -> Iterator[Connection]:
-    with coordinator.connect(coordinator.token("admin")) as connection:
-        yield connection
 
 
 @pytest.fixture

@@ -16,22 +16,10 @@ from cbtm_api.v1 import worker_service_pb2 as ws
 from cbtm_common.errors import AlreadyExists, CbtmError, InvalidArgument, InvalidState, LeaseLost, NotFound
 from cbtm_common.ids import cluster_id, new_request_id
 from cbtm_common.rpc import MAX_MESSAGE_BYTES, Connection
-from tests.support.coordinator import RunningCoordinator, running_coordinator
+from tests.support.coordinator import RunningCoordinator
 from tests.support.raw_run import RECIPE, STEPS, RawWorker, checkpoint_folder, create_run, make_run
 
 pytestmark = pytest.mark.integration
-
-
-@pytest.fixture(scope="module")
-def coordinator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningCoordinator]:
-    with running_coordinator(tmp_path_factory.mktemp("runs")) as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def admin(coordinator: RunningCoordinator) -> Iterator[Connection]:
-    with coordinator.connect(coordinator.token("admin")) as connection:
-        yield connection
 
 
 @pytest.fixture

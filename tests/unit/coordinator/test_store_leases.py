@@ -194,6 +194,7 @@ def test_a_slow_worker_gets_a_longer_lease_and_more_patience_and_is_told_so(regi
     registry.run(clusters=1)
     lease = registry.lease()
     slow = Measured(step_seconds=300, upload_bytes_per_second=1e6, checkpoint_bytes=8_000_000_000)
+    progress = Progress(step=1, phase="train", measured=slow)
     with registry.store.writing() as tx:
         renewed, told = leases.renew(
             tx,
@@ -201,7 +202,7 @@ def test_a_slow_worker_gets_a_longer_lease_and_more_patience_and_is_told_so(regi
             lease_id=lease.id,
             epoch=lease.epoch,
             worker_id=lease.worker_id,
-            progress=Progress(step=1, phase="train", measured=slow),
+            progress=progress,
         )
     assert told.pace.lease == timedelta(seconds=400)
     assert renewed.expire_time == registry.clock() + told.pace.lease
@@ -210,15 +211,7 @@ def test_a_slow_worker_gets_a_longer_lease_and_more_patience_and_is_told_so(regi
     for _ in range(3):
         registry.clock.advance(390)
         assert registry.expire_due() == []
-        with registry.store.writing() as tx:
-            leases.renew(
-                tx,
-                registry.clock(),
-                lease_id=lease.id,
-                epoch=lease.epoch,
-                worker_id=lease.worker_id,
-                progress=Progress(step=1, phase="train", measured=slow),
-            )
+        registry.renew(lease, progress)
     # Checkpoints are asked for later, too: half of the time may go by sending.
     assert told.pace.checkpoint == timedelta(seconds=RECIPE.lease.max_checkpoint_seconds)
 

@@ -10,7 +10,6 @@ Not covered: moving checkpoints anywhere, or digests of their files (whoever upl
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -28,6 +27,7 @@ from transformers import PreTrainedModel
 
 from cbtm_common import faults
 from cbtm_common.errors import IntegrityError, InvalidState, ResourceExhausted
+from cbtm_common.files import is_disk_full
 from cbtm_common.recipe import Recipe
 from cbtm_worker.train.job import TaskKind, TrainJob
 
@@ -187,7 +187,7 @@ def _require_space(directory: Path, needed: int) -> None:
 
 def _is_full(error: Exception) -> bool:
     # safetensors says it in words only.
-    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in str(error)
+    return is_disk_full(error) or "os error 28" in str(error)
 
 
 def _sync_tree(directory: Path) -> None:

@@ -1,0 +1,24 @@
+"""Fixtures of the tests that talk to one coordinator for a whole module; a module may put its own in their place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from cbtm_common.rpc import Connection
+from tests.support.coordinator import RunningCoordinator, running_coordinator
+
+
+@pytest.fixture(scope="module")
+def coordinator(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[RunningCoordinator]:
+    with running_coordinator(tmp_path_factory.mktemp(request.path.stem)) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def admin(coordinator: RunningCoordinator) -> Iterator[Connection]:
+    with coordinator.connect(coordinator.token("admin")) as connection:
+        yield connection
