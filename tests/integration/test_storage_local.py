@@ -10,7 +10,8 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 
@@ -173,15 +174,29 @@ def test_a_reader_that_stalls_is_cut_off(backend: Backend, store: LocalStore) ->
     assert received < 64 << 20
 
 
+def incoming(store: LocalStore) -> list[Path]:
+    return list((store.folder / "incoming").iterdir())
+
+
+def until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come to be"
+        threading.Event().wait(0.01)
+
+
 def test_a_body_cut_off_in_the_middle_leaves_nothing(backend: Backend, store: LocalStore) -> None:
     signed = put_of(store, "runs/cut", b"x" * 1000)
     with socket.create_connection(("127.0.0.1", backend.port), timeout=10) as link:
         link.sendall(f"PUT {signed.url} HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n".encode() + b"x" * 10)
+        until(lambda: len(incoming(store)) == 1)
         link.shutdown(socket.SHUT_WR)
         while link.recv(1000):
             pass
+    # The server closes the link before its handler hears of it.
+    until(lambda: not incoming(store))
     assert store.stat("runs/cut") is None
-    assert list((store.folder / "incoming").iterdir()) == []
+    assert incoming(store) == []
 
 
 def test_a_full_disk_is_told_and_leaves_nothing(
