@@ -15,6 +15,9 @@ from cbtm_worker.signals import StopSignal
 def _handlers() -> Iterator[None]:
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     before = {number: signal.getsignal(number) for number in numbers}
+    # Whoever runs the tests may have them ignored (nohup).
+    for number in numbers:
+        signal.signal(number, signal.SIG_DFL)
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
