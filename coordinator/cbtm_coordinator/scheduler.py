@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from enum import StrEnum
 
 from cbtm_common.recipe import LeaseRecipe
-from cbtm_coordinator.lifecycle import TaskKind
 
 # A failing worker or task waits this long first, then twice as long each time.
 _BACKOFF = timedelta(seconds=15)
@@ -36,18 +34,6 @@ class Directive(StrEnum):
     CONTINUE = "CONTINUE"
     CHECKPOINT = "CHECKPOINT"
     STOP = "STOP"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Candidate:
-    """A PENDING task that a worker may take."""
-
-    task_id: str
-    run_id: str
-    kind: TaskKind
-    attempts: int
-    committed_step: int
-    total_steps: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,18 +75,6 @@ class DirectiveDecision(Decision):
 @dataclass(frozen=True, kw_only=True)
 class BackoffDecision(Decision):
     until: datetime | None
-
-
-def rank(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """Best first: a seed (everything waits for it), then fewest failures, then the most steps left to do.
-
-    The store's query for candidates sorts by the same key, so that the few it looks at are the best of all.
-    The longest task first keeps the last worker of a run from being left alone with it.
-    """
-    return sorted(
-        candidates,
-        key=lambda c: (c.kind is not TaskKind.SEED, c.attempts, c.committed_step - c.total_steps, c.task_id),
-    )
 
 
 def pace(bounds: LeaseRecipe, measured: Measured) -> Pace:

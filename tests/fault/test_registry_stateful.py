@@ -94,10 +94,11 @@ class Machine(RuleBasedStateMachine):
                 "Acquire",
                 self.workers[worker],
                 lambda tx: (
-                    claimed[0].id.encode()
+                    claimed.lease.id.encode()
                     if (claimed := leases.acquire(tx, self.registry.clock(), self.workers[worker]))
                     else b""
                 ),
+                keep=bool,
             )
             found.append(answer.decode())
         assert found[0] == found[1]
@@ -178,14 +179,14 @@ class Machine(RuleBasedStateMachine):
 
         try:
             with self.registry.store.writing() as tx:
-                current, _ = checkpoints.committable(
+                checkpoints.commit(
                     tx,
-                    checkpoint_id=checkpoint.id,
-                    lease_id=lease.id,
-                    epoch=lease.epoch,
+                    self.registry.clock(),
+                    checkpoint=checkpoint,
                     worker_id=lease.worker_id,
+                    epoch=lease.epoch,
+                    metrics={},
                 )
-                checkpoints.commit(tx, self.registry.clock(), checkpoint=current, metrics={})
                 raise Crash
         except (Crash, CbtmError):
             return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
@@ -16,6 +17,7 @@ from cbtm_common.errors import CbtmError, LeaseLost, Unavailable
 from cbtm_coordinator import migrations
 from cbtm_coordinator.lifecycle import RunState, TaskState
 from cbtm_coordinator.store import Store, checkpoints, leases, requeue, runs, tasks
+from cbtm_coordinator.store.database import IDLE_SECONDS
 from cbtm_coordinator.store.records import LeaseRecord
 from cbtm_coordinator.tables import leases as leases_table
 from tests.support.postgres import PostgresServer, postgres
@@ -92,7 +94,7 @@ def test_a_claim_does_not_wait_for_another_that_is_not_finished(registry: Regist
             other = leases.acquire(fast, registry.clock(), second)
     assert held is not None
     assert other is not None
-    assert held[1].id != other[1].id
+    assert held.task.id != other.task.id
 
 
 def test_a_claim_that_is_rolled_back_leaves_the_task_and_its_epoch(registry: Registry) -> None:
@@ -129,7 +131,14 @@ def test_the_two_last_experts_accepted_in_overlapping_transactions_complete_the_
     last = [registry.begin(lease, RECIPE.steps) for lease in held]
     with ThreadPoolExecutor(1) as pool:
         with registry.store.writing() as tx:
-            checkpoints.commit(tx, registry.clock(), checkpoint=last[0], metrics={})
+            checkpoints.commit(
+                tx,
+                registry.clock(),
+                checkpoint=last[0],
+                worker_id=held[0].worker_id,
+                epoch=held[0].epoch,
+                metrics={},
+            )
             # Sees the first task as not DONE for as long as this transaction is open: it has to wait for its end.
             second = pool.submit(registry.commit, held[1], last[1])
             _wait_until_somebody_waits_for_a_lock(registry)
@@ -265,8 +274,7 @@ def test_a_deadlock_is_an_error_that_a_client_retries(registry: Registry) -> Non
     assert [type(r) for r in results if r is not None] == [Unavailable]
 
 
-def test_a_connection_that_the_server_closed_is_replaced(registry: Registry) -> None:
-    run = registry.run()
+def _terminate_connections(registry: Registry) -> None:
     with registry.store.writing() as tx:
         tx.execute(
             text(
@@ -274,6 +282,21 @@ def test_a_connection_that_the_server_closed_is_replaced(registry: Registry) -> 
                 "WHERE pid <> pg_backend_pid() AND datname = current_database()"
             )
         )
+
+
+def test_a_connection_that_the_server_closed_while_it_lay_idle_is_replaced(registry: Registry) -> None:
+    run = registry.run()
+    all_at_once(3, lambda _: registry.get_run(run))
+    time.sleep(IDLE_SECONDS)
+    _terminate_connections(registry)
+    assert all_at_once(3, lambda _: registry.get_run(run).name) == ["web"] * 3
+
+
+def test_a_connection_that_the_server_closes_in_use_is_said_to_be_unavailable_and_replaced(registry: Registry) -> None:
+    run = registry.run()
+    with pytest.raises(Unavailable, match="cannot be used now"), registry.store.writing() as tx:
+        _terminate_connections(registry)
+        runs.get(tx, run.id)
     assert registry.get_run(run).name == "web"
 
 

@@ -12,7 +12,7 @@ from typing import TypeVar
 from cbtm_common.files import FileSpec
 from cbtm_common.ids import new_id
 from cbtm_common.recipe import LeaseRecipe, Recipe
-from cbtm_coordinator.store import Store, checkpoints, experts, identities, leases, runs, tasks
+from cbtm_coordinator.store import Renewal, Store, checkpoints, experts, identities, leases, runs, tasks
 from cbtm_coordinator.store.records import (
     CheckpointRecord,
     LeaseRecord,
@@ -94,7 +94,7 @@ class Registry:
     def acquire(self, worker_id: str, *, run_id: str | None = None) -> LeaseRecord | None:
         with self.store.writing() as tx:
             claimed = leases.acquire(tx, self.clock(), worker_id, run_id=run_id)
-        return claimed[0] if claimed else None
+        return claimed.lease if claimed else None
 
     def lease(self, worker_id: str | None = None) -> LeaseRecord:
         """A lease that must be there to get."""
@@ -104,16 +104,8 @@ class Registry:
 
     def renew(self, lease: LeaseRecord, progress: Progress | None = None) -> tuple[LeaseRecord, str, str]:
         """(lease, directive, reason)."""
-        with self.store.writing() as tx:
-            renewed, told = leases.renew(
-                tx,
-                self.clock(),
-                lease_id=lease.id,
-                epoch=lease.epoch,
-                worker_id=lease.worker_id,
-                progress=progress or Progress(step=lease.step),
-            )
-        return renewed, told.directive.value, told.reason
+        renewed = self.store.renew(renewal(lease, progress))
+        return renewed.lease, renewed.told.directive.value, renewed.told.reason
 
     def begin(self, lease: LeaseRecord, step: int, files: Sequence[FileSpec] | None = None) -> CheckpointRecord:
         with self.store.writing() as tx:
@@ -126,14 +118,14 @@ class Registry:
         self, lease: LeaseRecord, checkpoint: CheckpointRecord, *, epoch: int | None = None
     ) -> tuple[CheckpointRecord, TaskRecord]:
         with self.store.writing() as tx:
-            checkpoints.committable(
+            return checkpoints.commit(
                 tx,
-                checkpoint_id=checkpoint.id,
-                lease_id=lease.id,
-                epoch=lease.epoch if epoch is None else epoch,
+                self.clock(),
+                checkpoint=checkpoint,
                 worker_id=lease.worker_id,
+                epoch=lease.epoch if epoch is None else epoch,
+                metrics={"loss": 1.0},
             )
-            return checkpoints.commit(tx, self.clock(), checkpoint=checkpoint, metrics={"loss": 1.0})
 
     def save(self, lease: LeaseRecord, step: int) -> tuple[CheckpointRecord, TaskRecord]:
         """A checkpoint begun and committed."""
@@ -191,6 +183,15 @@ class Registry:
     def resume_from(self, task_id: str) -> CheckpointRecord | None:
         with self.store.reading() as tx:
             return checkpoints.latest_good(tx, tasks.get_task(tx, task_id))
+
+
+def renewal(lease: LeaseRecord, progress: Progress | None = None) -> Renewal:
+    return Renewal(
+        lease_id=lease.id,
+        epoch=lease.epoch,
+        worker_id=lease.worker_id,
+        progress=progress or Progress(step=lease.step),
+    )
 
 
 def file(path: str, prefix: str = "runs/r", *, content: str = "") -> FileSpec:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextvars
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
@@ -11,6 +12,7 @@ from cbtm_common.errors import PermissionDenied, Unauthenticated
 from cbtm_common.ids import hash_secret
 from cbtm_coordinator.lifecycle import WorkerState
 from cbtm_coordinator.store import Store, identities
+from cbtm_coordinator.store.records import WorkerRecord
 
 
 class Role(StrEnum):
@@ -106,11 +108,17 @@ def allowed_roles(method: str) -> frozenset[Role]:
 
 
 class Authenticator:
-    """From the bearer secret of a call to its principal. `public_catalog` lets anybody read the catalog."""
+    """From the bearer secret of a call to its principal. `public_catalog` lets anybody read the catalog.
 
-    def __init__(self, store: Store, *, public_catalog: bool) -> None:
+    A worker, once found, is remembered for `remember_seconds`, so that a renewal needs no question of its own. That one
+    was revoked meanwhile, by any coordinator, takes effect all the same: its leases were ended with it, and what it
+    does needs a lease or asks again (`check_active`). Tokens are looked up each time.
+    """
+
+    def __init__(self, store: Store, *, public_catalog: bool, remember_seconds: float = 300.0) -> None:
         self._store = store
         self._public_catalog = public_catalog
+        self._workers = _Remembered(remember_seconds)
 
     def check(self, method: str, authorization: str) -> Principal:
         """The caller of `method`. Raises Unauthenticated for a bad secret, PermissionDenied for a lacking right."""
@@ -133,16 +141,45 @@ class Authenticator:
     def _principal(self, secret: str) -> Principal:
         # Looked up by its hash, so no comparison of secrets takes place whose time could tell anything.
         digest = hash_secret(secret)
+        known = self._workers.get(digest)
+        if known is not None:
+            return known
         with self._store.reading() as tx:
             worker = identities.find_worker(tx, digest)
             token = None if worker else identities.find_token(tx, self._store.now(), digest)
         if worker is not None:
-            if worker.state is WorkerState.REVOKED:
-                raise PermissionDenied(f"this worker was revoked by the owner: {worker.reason or 'no reason given'}")
-            return Principal(role=Role.WORKER, id=worker.id)
+            check_active(worker)
+            principal = Principal(role=Role.WORKER, id=worker.id)
+            self._workers.put(digest, principal)
+            return principal
         if token is None:
             raise Unauthenticated("this token is unknown, expired or revoked; ask the run's owner for a new one")
         return Principal(role=Role(token.role), id=token.id)
+
+
+def check_active(worker: WorkerRecord) -> None:
+    """Raises PermissionDenied when the owner revoked this worker."""
+    if worker.state is WorkerState.REVOKED:
+        raise PermissionDenied(f"this worker was revoked by the owner: {worker.reason or 'no reason given'}")
+
+
+class _Remembered:
+    """Principals by the hash of their secret, each for a while; thread-safe."""
+
+    _MOST = 100_000
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._until: dict[str, tuple[float, Principal]] = {}
+
+    def get(self, digest: str) -> Principal | None:
+        until, principal = self._until.get(digest, (0.0, None))
+        return principal if time.monotonic() < until else None
+
+    def put(self, digest: str, principal: Principal) -> None:
+        if len(self._until) >= self._MOST:
+            self._until.clear()
+        self._until[digest] = (time.monotonic() + self._seconds, principal)
 
 
 def _name(method: str) -> str:

@@ -42,13 +42,24 @@ class ServiceContext:
         digest = hmac.new(self.secret_key, f"{role}:{owner_id}".encode(), hashlib.sha256).digest()
         return f"cbtm_{role}_{base64.urlsafe_b64encode(digest).decode().rstrip('=')}"
 
-    def once(self, request: Message, make: type[_Response], answer: Callable[[Connection], _Response]) -> _Response:
-        """Answers a mutation once for its request_id: a retry gets the first answer."""
+    def once(
+        self,
+        request: Message,
+        make: type[_Response],
+        answer: Callable[[Connection], _Response],
+        *,
+        keep: Callable[[_Response], bool] = lambda _: True,
+    ) -> _Response:
+        """Answers a mutation once for its request_id: a retry gets the first answer.
+
+        `keep` is False of an answer that tells of no change: a retry may get another.
+        """
         data = self.store.once(
             request.request_id,  # type: ignore[attr-defined]  # every mutation's request has one
             make.DESCRIPTOR.name,
             caller.get().id,
             lambda tx: answer(tx).SerializeToString(),
+            keep=lambda data: keep(make.FromString(data)),
         )
         return make.FromString(data)
 

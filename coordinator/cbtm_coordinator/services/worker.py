@@ -12,7 +12,7 @@ from google.protobuf.json_format import MessageToDict
 from cbtm_api.v1 import resources_pb2 as pb
 from cbtm_api.v1 import worker_service_pb2 as ws
 from cbtm_api.v1.worker_service_pb2_grpc import WorkerServiceServicer
-from cbtm_common.errors import IntegrityError, InvalidArgument
+from cbtm_common.errors import IntegrityError, InvalidArgument, InvalidState, LeaseLost
 from cbtm_common.faults import point
 from cbtm_common.files import FileSpec
 from cbtm_common.ids import hash_secret, new_id
@@ -21,10 +21,10 @@ from cbtm_common.recipe import Recipe
 from cbtm_coordinator.lifecycle import CheckpointState, RunState, TaskKind
 from cbtm_coordinator.scheduler import Measured, Pace, poll_after
 from cbtm_coordinator.services import convert, paging
-from cbtm_coordinator.services.auth import caller
+from cbtm_coordinator.services.auth import caller, check_active
 from cbtm_coordinator.services.commit import Verifier
 from cbtm_coordinator.services.context import ServiceContext, checked_files
-from cbtm_coordinator.store import Connection, checkpoints, events, experts, identities, leases, runs, tasks
+from cbtm_coordinator.store import Connection, Renewal, checkpoints, events, experts, identities, leases, runs, tasks
 from cbtm_coordinator.store.records import LeaseRecord, Progress, RunRecord, TaskRecord
 from cbtm_coordinator.store.runs import TRAIN
 
@@ -72,23 +72,22 @@ class WorkerServicer(WorkerServiceServicer):
 
     def AcquireLease(self, request: ws.AcquireLeaseRequest, context: Any) -> ws.AcquireLeaseResponse:
         worker_id = caller.get().id
+        hardware = _hardware_json(request.hardware) if request.HasField("hardware") else ""
 
         def answer(tx: Connection) -> ws.AcquireLeaseResponse:
             now = self._store.now()
             run_id = runs.get(tx, request.run).id if request.run else None
-            hardware = _hardware_json(request.hardware) if request.HasField("hardware") else ""
-            identities.seen(tx, now, worker_id, hardware_json=hardware)
-            worker = identities.get_worker(tx, worker_id)
+            worker = identities.seen(tx, now, worker_id, hardware_json=hardware)
+            check_active(worker)
             if worker.not_before_time is not None and worker.not_before_time > now:
                 return ws.AcquireLeaseResponse(retry_after=duration(worker.not_before_time - now), reason=worker.reason)
             claimed = leases.acquire(tx, now, worker_id, run_id=run_id)
             if claimed is None:
                 return self._nothing(tx, run_id)
             point("coordinator.acquire.before_commit")
-            lease, task = claimed
-            return ws.AcquireLeaseResponse(lease=convert.lease(lease), spec=self._spec(tx, task))
+            return ws.AcquireLeaseResponse(lease=convert.lease(claimed.lease), spec=self._spec(tx, claimed))
 
-        response = self._context.once(request, ws.AcquireLeaseResponse, answer)
+        response = self._context.once(request, ws.AcquireLeaseResponse, answer, keep=lambda r: r.HasField("lease"))
         point("coordinator.acquire.after_commit")
         return response
 
@@ -99,9 +98,9 @@ class WorkerServicer(WorkerServiceServicer):
             retry_after=duration(poll_after(open_tasks=open_tasks)), reason=reason, idle=not open_tasks
         )
 
-    def _spec(self, tx: Connection, task: TaskRecord) -> ws.TaskSpec:
-        run = runs.get(tx, task.run_id)
-        policy = Recipe.from_json(run.recipe_json).lease
+    def _spec(self, tx: Connection, claim: leases.Claim) -> ws.TaskSpec:
+        run, task = claim.run, claim.task
+        policy = leases.lease_policy(run.recipe_json)
         resume = checkpoints.latest_good(tx, task)
         return ws.TaskSpec(
             task=convert.task(task),
@@ -118,42 +117,34 @@ class WorkerServicer(WorkerServiceServicer):
 
     def _base_model(self, tx: Connection, run: RunRecord, task: TaskRecord) -> list[FileSpec]:
         """What the task branches from: the run's seed for an expert, its base model for the seed itself."""
-        if task.kind is TaskKind.EXPERT:
-            for expert in experts.current(tx, run.id):
-                if expert.cluster_id is None:
-                    return expert.files
-        return [f.file for f in runs.files(tx, run, "BASE_MODEL")]
+        seed = experts.seed(tx, run.id) if task.kind is TaskKind.EXPERT else None
+        return seed.files if seed else [f.file for f in runs.files(tx, run, "BASE_MODEL")]
 
     def RenewLease(self, request: ws.RenewLeaseRequest, context: Any) -> ws.RenewLeaseResponse:
         # Not recorded by request_id: a renewal repeated is a renewal, and there are ten thousand a minute.
         given = request.progress
         speed = given.tokens_per_second
-        with self._store.writing() as tx:
-            lease, told = leases.renew(
-                tx,
-                self._store.now(),
-                lease_id=request.lease_id,
-                epoch=request.epoch,
-                worker_id=caller.get().id,
-                progress=Progress(
-                    step=given.step,
-                    loss=given.loss,
-                    # Sums and estimates are made of it. A loss that is no number says something; this does not.
-                    tokens_per_second=speed if 0 <= speed < math.inf else 0.0,
-                    phase=_printable(given.phase, 32),
-                    transferred_bytes=given.transferred_bytes,
-                    measured=Measured(
-                        step_seconds=given.step_seconds,
-                        upload_bytes_per_second=given.upload_bytes_per_second,
-                        checkpoint_bytes=given.checkpoint_bytes,
-                        renew_seconds=given.renew_seconds,
-                    ),
-                ),
-            )
-            point("coordinator.renew.before_commit")
+        progress = Progress(
+            step=given.step,
+            loss=given.loss,
+            # Sums and estimates are made of it. A loss that is no number says something; this does not.
+            tokens_per_second=speed if 0 <= speed < math.inf else 0.0,
+            phase=_printable(given.phase, 32),
+            transferred_bytes=given.transferred_bytes,
+            measured=Measured(
+                step_seconds=given.step_seconds,
+                upload_bytes_per_second=given.upload_bytes_per_second,
+                checkpoint_bytes=given.checkpoint_bytes,
+                renew_seconds=given.renew_seconds,
+            ),
+        )
+        renewed = self._store.renew(
+            Renewal(lease_id=request.lease_id, epoch=request.epoch, worker_id=caller.get().id, progress=progress)
+        )
         point("coordinator.renew.after_commit")
+        told = renewed.told
         return ws.RenewLeaseResponse(
-            lease=convert.lease(lease),
+            lease=convert.lease(renewed.lease),
             directive=ws.Directive.Value(f"DIRECTIVE_{told.directive}"),
             reason=told.reason,
             # Most leases go as they began.
@@ -225,19 +216,23 @@ class WorkerServicer(WorkerServiceServicer):
 
     def CommitCheckpoint(self, request: ws.CommitCheckpointRequest, context: Any) -> ws.CommitCheckpointResponse:
         worker_id = caller.get().id
-        first = self._context.first_answer(request, ws.CommitCheckpointResponse)
-        if first is not None:
+        try:
+            with self._store.reading() as tx:
+                checkpoint, task = checkpoints.committable(
+                    tx,
+                    checkpoint_id=request.checkpoint_id,
+                    lease_id=request.lease_id,
+                    epoch=request.epoch,
+                    worker_id=worker_id,
+                )
+        except (LeaseLost, InvalidState):
+            # Of a retry that comes when the checkpoint was committed, and pruned since.
+            first = self._context.first_answer(request, ws.CommitCheckpointResponse)
+            if first is None:
+                raise
             return first
-        with self._store.reading() as tx:
-            checkpoint, task = checkpoints.committable(
-                tx,
-                checkpoint_id=request.checkpoint_id,
-                lease_id=request.lease_id,
-                epoch=request.epoch,
-                worker_id=worker_id,
-            )
         if checkpoint.state is not CheckpointState.UPLOADING:
-            return ws.CommitCheckpointResponse(
+            return self._context.first_answer(request, ws.CommitCheckpointResponse) or ws.CommitCheckpointResponse(
                 checkpoint=convert.checkpoint(checkpoint), task_state=convert.task_state(task)
             )
         try:
@@ -254,15 +249,13 @@ class WorkerServicer(WorkerServiceServicer):
         point("coordinator.commit.after_verify")
 
         def answer(tx: Connection) -> ws.CommitCheckpointResponse:
-            checkpoints.committable(
-                tx,
-                checkpoint_id=request.checkpoint_id,
-                lease_id=request.lease_id,
-                epoch=request.epoch,
-                worker_id=worker_id,
-            )
             done, after = checkpoints.commit(
-                tx, self._store.now(), checkpoint=checkpoint, metrics=from_struct(request.metrics)
+                tx,
+                self._store.now(),
+                checkpoint=checkpoint,
+                worker_id=worker_id,
+                epoch=request.epoch,
+                metrics=from_struct(request.metrics),
             )
             point("coordinator.commit.before_commit")
             return ws.CommitCheckpointResponse(

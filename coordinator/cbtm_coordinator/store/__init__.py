@@ -8,22 +8,24 @@
     runs         create, get, list_runs, change_state, set_paused, remove; add_files, files; register_clusters,
                  list_clusters, list_shards
     tasks        create_tasks, get_task, task_of, list_tasks, count_open, reopen
-    leases       acquire, require, renew, release, due_leases, expire, revoke_leases, live_leases
+    leases       acquire, require, release, due_leases, expire, revoke_leases, live_leases
+    renewals     renew
     checkpoints  begin, committable, commit, latest_good, newest_committed; pruning: drop, prune_finished,
                  prune_abandoned, deletable, mark_deleted
-    experts      add, current
+    experts      add, seed, current
     requeue      requeue_task
     identities   tokens (create, find, use, list, revoke) and workers (create, find, seen, list, set_revoked)
     events       append, list_events
 
-`store.once(...)` does the same for a mutation that a client may repeat. Everything returned is a frozen record
-(`store.records`). Guarantees: what one transaction wrote is durable when it ends, or not there at all; states change
+`store.once(...)` does the same for a mutation that a client may repeat, and `store.renew(...)` joins the renewals that
+come at once in one transaction. Everything returned is a frozen record (`store.records`). Guarantees: what one
+transaction wrote is durable when it ends, or not there at all; states change
 by the table in `lifecycle` alone, with guarded updates, however many processes share the database.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from datetime import UTC, datetime
 
@@ -31,9 +33,13 @@ from sqlalchemy import Connection
 
 from cbtm_coordinator.store import checkpoints, events, experts, identities, leases, requests, requeue, runs, tasks
 from cbtm_coordinator.store.database import open_engine, reading, writing
+from cbtm_coordinator.store.grouping import Group
+from cbtm_coordinator.store.renewals import Renewal, Renewed, renew
 
 __all__ = [
     "Connection",
+    "Renewal",
+    "Renewed",
     "Store",
     "checkpoints",
     "events",
@@ -58,6 +64,7 @@ class Store:
     def __init__(self, url: str, *, clock: Callable[[], datetime] = utc_now, pool_size: int = 20) -> None:
         self.engine = open_engine(url, pool_size=pool_size)
         self.now = clock
+        self._renewals = Group(self._renew)
 
     def writing(self) -> AbstractContextManager[Connection]:
         """A transaction that may write."""
@@ -67,22 +74,40 @@ class Store:
         """A transaction that only reads."""
         return reading(self.engine)
 
-    def once(self, request_id: str, method: str, principal: str, answer: Callable[[Connection], bytes]) -> bytes:
-        """`answer(tx)` in one transaction with its record; for a request_id seen before, the first answer."""
-        with self.writing() as tx:
-            return requests.once(
-                tx,
-                self.now(),
-                request_id=request_id,
-                method=method,
-                principal=principal,
-                answer=lambda: answer(tx),
-            )
+    def once(
+        self,
+        request_id: str,
+        method: str,
+        principal: str,
+        answer: Callable[[Connection], bytes],
+        *,
+        keep: Callable[[bytes], bool] = lambda _: True,
+    ) -> bytes:
+        """`answer(tx)` in one transaction with its record; for a request_id seen before, the first answer.
+
+        An answer that `keep` refuses is not recorded.
+        """
+        return requests.once(
+            self.engine,
+            self.now,
+            request_id=request_id,
+            method=method,
+            principal=principal,
+            answer=answer,
+            keep=keep,
+        )
 
     def first_answer(self, request_id: str, method: str, principal: str) -> bytes | None:
         """What `once` answered to this request, if it did."""
-        with self.reading() as tx:
-            return requests.find(tx, request_id=request_id, method=method, principal=principal)
+        return requests.find(self.engine, request_id=request_id, method=method, principal=principal)
+
+    def renew(self, renewal: Renewal) -> Renewed:
+        """Extends a live lease. Raises LeaseLost, PermissionDenied, Unavailable."""
+        return self._renewals(renewal)
+
+    def _renew(self, renewals: Sequence[Renewal]) -> list[Renewed | Exception]:
+        with self.writing() as tx:
+            return renew(tx, self.now(), renewals)
 
     def ping(self) -> None:
         """Raises Unavailable when the database cannot be used."""

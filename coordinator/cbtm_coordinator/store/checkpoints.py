@@ -11,14 +11,22 @@ import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 
-from sqlalchemy import Connection, and_, func, insert, or_, select, update
+from sqlalchemy import Connection, and_, bindparam, case, func, or_, select, update
+from sqlalchemy.dialects import postgresql, sqlite
 
 from cbtm_common.errors import InvalidArgument, InvalidState, LeaseLost, NotFound, PermissionDenied
 from cbtm_common.files import FileSpec, strip_prefix
 from cbtm_common.ids import new_id
 from cbtm_coordinator.lifecycle import CheckpointState, LeaseState, RunState, TaskKind, TaskState, sources
 from cbtm_coordinator.store import events, experts, leases, runs, tasks
-from cbtm_coordinator.store.records import CheckpointRecord, ExpertRecord, LeaseRecord, TaskRecord, files_to_json
+from cbtm_coordinator.store.records import (
+    CheckpointRecord,
+    ExpertRecord,
+    LeaseRecord,
+    TaskRecord,
+    files_to_json,
+    prefixed,
+)
 from cbtm_coordinator.tables import checkpoints
 from cbtm_coordinator.tables import leases as leases_table
 from cbtm_coordinator.tables import tasks as tasks_table
@@ -26,6 +34,14 @@ from cbtm_coordinator.tables import tasks as tasks_table
 MODEL_PREFIX = "model"
 # Committed checkpoints kept of a task that is not done, the newest included.
 KEEP_COMMITTED = 2
+
+
+_BEGIN = {
+    dialect.__name__.rpartition(".")[2]: dialect.insert(checkpoints)
+    .on_conflict_do_nothing(index_elements=[checkpoints.c.task_id, checkpoints.c.epoch, checkpoints.c.step])
+    .returning(checkpoints)
+    for dialect in (postgresql, sqlite)
+}
 
 
 def begin(
@@ -38,53 +54,67 @@ def begin(
     files: Sequence[FileSpec],
 ) -> CheckpointRecord:
     """Opens a checkpoint of a live lease, or finds it again when the same one was begun before."""
-    where = (checkpoints.c.task_id == task.id, checkpoints.c.epoch == lease.epoch, checkpoints.c.step == step)
     files_json = files_to_json(files)
+    if task.committed_step < step <= task.total_steps:
+        new = {
+            "id": new_id("ckpt"),
+            "task_id": task.id,
+            "lease_id": lease.id,
+            "epoch": lease.epoch,
+            "step": step,
+            "state": CheckpointState.UPLOADING.value,
+            "final": step == task.total_steps,
+            "files_json": files_json,
+            "create_time": now,
+        }
+        row = tx.execute(_BEGIN[tx.dialect.name], new).one_or_none()
+        if row is not None:
+            return CheckpointRecord.of(row)
+    where = (checkpoints.c.task_id == task.id, checkpoints.c.epoch == lease.epoch, checkpoints.c.step == step)
     present = tx.execute(select(checkpoints).where(*where)).one_or_none()
-    if present is not None:
-        if present.state != CheckpointState.UPLOADING.value or present.files_json == files_json:
-            return CheckpointRecord.of(present)
-        # Written anew after a crash, with other bytes (a time in a header, say): nobody has seen the first.
-        tx.execute(update(checkpoints).where(*where).values(files_json=files_json))
-        return get(tx, present.id)
-    if not task.committed_step < step <= task.total_steps:
+    if present is None:
         raise InvalidArgument(
             f"step: {step} is not after the committed step {task.committed_step} and at most {task.total_steps}",
             field="step",
         )
-    checkpoint_id = new_id("ckpt")
-    tx.execute(
-        insert(checkpoints).values(
-            id=checkpoint_id,
-            task_id=task.id,
-            lease_id=lease.id,
-            epoch=lease.epoch,
-            step=step,
-            state=CheckpointState.UPLOADING.value,
-            final=step == task.total_steps,
-            files_json=files_json,
-            create_time=now,
-        )
-    )
-    return get(tx, checkpoint_id)
+    if present.state != CheckpointState.UPLOADING.value or present.files_json == files_json:
+        return CheckpointRecord.of(present)
+    # Written anew after a crash, with other bytes (a time in a header, say): nobody has seen the first.
+    changed = tx.execute(update(checkpoints).where(*where).values(files_json=files_json).returning(checkpoints))
+    return CheckpointRecord.of(changed.one())
 
 
 def get(tx: Connection, checkpoint_id: str) -> CheckpointRecord:
     row = tx.execute(select(checkpoints).where(checkpoints.c.id == checkpoint_id)).one_or_none()
     if row is None:
-        raise NotFound(f"there is no checkpoint {checkpoint_id}")
+        raise unknown(checkpoint_id)
     return CheckpointRecord.of(row)
+
+
+def unknown(checkpoint_id: str) -> NotFound:
+    return NotFound(f"there is no checkpoint {checkpoint_id}")
+
+
+_COMMITTABLE = (
+    select(*prefixed(checkpoints), *prefixed(leases_table), *prefixed(tasks_table))
+    .join_from(checkpoints, leases_table, leases_table.c.id == checkpoints.c.lease_id)
+    .join(tasks_table, tasks_table.c.id == checkpoints.c.task_id)
+    .where(checkpoints.c.id == bindparam("of_checkpoint"))
+)
 
 
 def committable(
     tx: Connection, *, checkpoint_id: str, lease_id: str, epoch: int, worker_id: str
 ) -> tuple[CheckpointRecord, TaskRecord]:
     """The checkpoint that a worker wants to commit, if it still may. Raises LeaseLost when somebody succeeded it."""
-    checkpoint = get(tx, checkpoint_id)
-    lease = leases.get_lease(tx, lease_id)
-    if lease.worker_id != worker_id or checkpoint.lease_id != lease_id:
+    row = tx.execute(_COMMITTABLE, {"of_checkpoint": checkpoint_id}).one_or_none()
+    if row is None:
+        raise unknown(checkpoint_id)
+    checkpoint = CheckpointRecord.of(row, prefix="checkpoints_")
+    lease = LeaseRecord.of(row, prefix="leases_")
+    task = TaskRecord.of(row, prefix="tasks_")
+    if lease.worker_id != worker_id or lease.id != lease_id:
         raise PermissionDenied("this checkpoint belongs to another lease")
-    task = tasks.get_task(tx, checkpoint.task_id)
     done = checkpoint.state in (CheckpointState.COMMITTED, CheckpointState.ACCEPTED)
     if not done and (
         lease.epoch != epoch or task.epoch != epoch or lease.state not in (LeaseState.LIVE, LeaseState.EXPIRED)
@@ -102,46 +132,85 @@ def committable(
     return checkpoint, task
 
 
+_ADVANCE = (
+    update(tasks_table)
+    .where(
+        tasks_table.c.id == bindparam("of_task"),
+        tasks_table.c.epoch == bindparam("of_epoch"),
+        tasks_table.c.state.in_(sources(TaskState, "submit")),
+        tasks_table.c.committed_step < bindparam("new_step"),
+    )
+    .values(
+        state=case(
+            (tasks_table.c.total_steps == bindparam("new_step"), TaskState.SUBMITTED.value), else_=tasks_table.c.state
+        ),
+        committed_step=bindparam("new_step"),
+        attempts=0,
+        update_time=bindparam("new_update_time"),
+    )
+    .returning(tasks_table)
+)
+_COMMIT = (
+    update(checkpoints)
+    .where(
+        checkpoints.c.id == bindparam("of_checkpoint"),
+        checkpoints.c.state.in_(sources(CheckpointState, "commit")),
+        checkpoints.c.files_json == bindparam("of_files_json"),
+    )
+    .values(
+        state=CheckpointState.COMMITTED.value,
+        commit_time=bindparam("new_commit_time"),
+        metrics_json=bindparam("new_metrics_json"),
+    )
+    .returning(checkpoints)
+)
+
+
 def commit(
-    tx: Connection, now: datetime, *, checkpoint: CheckpointRecord, metrics: Mapping[str, object]
+    tx: Connection,
+    now: datetime,
+    *,
+    checkpoint: CheckpointRecord,
+    worker_id: str,
+    epoch: int,
+    metrics: Mapping[str, object],
 ) -> tuple[CheckpointRecord, TaskRecord]:
-    """Makes a checkpoint visible: guarded by state and epoch. The final one becomes an expert.
+    """Makes a checkpoint visible, if its worker still may: guarded by states and epoch. The final one becomes an
+    expert.
 
     `checkpoint` is the record whose files were verified; when its worker announced other files since, it is refused.
     """
-    # Locked first: a duplicate of this call waits here, and then sees what the first one did.
-    tasks.get_task(tx, checkpoint.task_id, lock=True)
-    current = get(tx, checkpoint.id)
-    if current.state in (CheckpointState.COMMITTED, CheckpointState.ACCEPTED):
-        return current, tasks.get_task(tx, checkpoint.task_id)
-    target = TaskState.SUBMITTED.value if checkpoint.final else tasks_table.c.state
-    moved = tx.execute(
-        update(tasks_table)
-        .where(
-            tasks_table.c.id == checkpoint.task_id,
-            tasks_table.c.epoch == checkpoint.epoch,
-            tasks_table.c.state.in_(sources(TaskState, "submit")),
-            tasks_table.c.committed_step < checkpoint.step,
-        )
-        .values(state=target, committed_step=checkpoint.step, attempts=0, update_time=now)
+    # First, for it locks the task: a duplicate of this call waits here, and then sees what the first one did.
+    advanced = tx.execute(
+        _ADVANCE,
+        {
+            "of_task": checkpoint.task_id,
+            "of_epoch": checkpoint.epoch,
+            "new_step": checkpoint.step,
+            "new_update_time": now,
+        },
+    ).one_or_none()
+    current, task = committable(
+        tx, checkpoint_id=checkpoint.id, lease_id=checkpoint.lease_id, epoch=epoch, worker_id=worker_id
     )
-    task = tasks.get_task(tx, checkpoint.task_id)
-    if moved.rowcount != 1:
+    if advanced is None:
+        if current.state in (CheckpointState.COMMITTED, CheckpointState.ACCEPTED):
+            return current, task
         raise LeaseLost(
             f"checkpoint {checkpoint.id} at step {checkpoint.step} came too late: the task is {task.state} at epoch "
             f"{task.epoch}, committed to step {task.committed_step}",
             metadata={"lease_id": checkpoint.lease_id},
         )
-    committed = tx.execute(
-        update(checkpoints)
-        .where(
-            checkpoints.c.id == checkpoint.id,
-            checkpoints.c.state.in_(sources(CheckpointState, "commit")),
-            checkpoints.c.files_json == checkpoint.files_json,
-        )
-        .values(state=CheckpointState.COMMITTED.value, commit_time=now, metrics_json=json.dumps(dict(metrics)))
-    )
-    if committed.rowcount != 1:
+    row = tx.execute(
+        _COMMIT,
+        {
+            "of_checkpoint": checkpoint.id,
+            "of_files_json": checkpoint.files_json,
+            "new_commit_time": now,
+            "new_metrics_json": json.dumps(dict(metrics)),
+        },
+    ).one_or_none()
+    if row is None:
         raise InvalidState(f"checkpoint {checkpoint.id} is {current.state}, or has other files now: commit again")
     events.append(
         tx,
@@ -153,8 +222,10 @@ def commit(
         detail={"checkpoint_id": checkpoint.id, "step": checkpoint.step, "final": checkpoint.final},
     )
     _prune_superseded(tx, task.id)
-    if checkpoint.final:
-        accept(tx, now, get(tx, checkpoint.id))
+    committed = CheckpointRecord.of(row)
+    if not checkpoint.final:
+        return committed, task
+    accept(tx, now, committed)
     return get(tx, checkpoint.id), tasks.get_task(tx, task.id)
 
 
@@ -237,16 +308,19 @@ def newest_committed(tx: Connection, task_ids: Sequence[str]) -> dict[str, Check
     return {row.task_id: CheckpointRecord.of(row) for row in tx.execute(query)}
 
 
+_OPEN_CHECKPOINTS = (
+    select(checkpoints.c.id, checkpoints.c.step, checkpoints.c.state)
+    .where(
+        checkpoints.c.task_id == bindparam("of_task"),
+        checkpoints.c.state.in_([CheckpointState.COMMITTED.value, CheckpointState.UPLOADING.value]),
+    )
+    .order_by(checkpoints.c.step.desc(), checkpoints.c.epoch.desc())
+)
+
+
 def _prune_superseded(tx: Connection, task_id: str) -> None:
     """All but the newest committed checkpoints become PRUNED, and so do uploads that they overtook."""
-    rows = tx.execute(
-        select(checkpoints.c.id, checkpoints.c.step, checkpoints.c.state)
-        .where(
-            checkpoints.c.task_id == task_id,
-            checkpoints.c.state.in_([CheckpointState.COMMITTED.value, CheckpointState.UPLOADING.value]),
-        )
-        .order_by(checkpoints.c.step.desc(), checkpoints.c.epoch.desc())
-    ).all()
+    rows = tx.execute(_OPEN_CHECKPOINTS, {"of_task": task_id}).all()
     committed = [row for row in rows if row.state == CheckpointState.COMMITTED.value]
     newest = committed[0].step if committed else 0
     stale = committed[KEEP_COMMITTED:] + [

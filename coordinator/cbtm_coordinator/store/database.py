@@ -7,19 +7,22 @@ COMMITTED and every change of state is a guarded update. Both give the same guar
 from __future__ import annotations
 
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from sqlalchemy import Connection, Engine, create_engine, event, make_url
-from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError
+from sqlalchemy.exc import ArgumentError, DBAPIError, DisconnectionError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
+from sqlalchemy.pool import ConnectionPoolEntry
 
 from cbtm_common.errors import InvalidArgument, Unavailable
 from cbtm_common.faults import point
 
 _BUSY_SECONDS = 30
+IDLE_SECONDS = 1.0
 _NETWORK_FILE_SYSTEMS = {
     "nfs",
     "nfs4",
@@ -47,13 +50,11 @@ def open_engine(url: str, *, pool_size: int = 20) -> Engine:
         raise InvalidArgument(f"database_url: {error}", field="database_url") from error
     backend = parsed.get_backend_name()
     if backend == "postgresql":
-        return create_engine(
-            parsed.set(drivername="postgresql+psycopg"),
-            pool_size=pool_size,
-            max_overflow=10,
-            pool_pre_ping=True,
-            pool_timeout=30,
+        engine = create_engine(
+            parsed.set(drivername="postgresql+psycopg"), pool_size=pool_size, max_overflow=10, pool_timeout=30
         )
+        _ping_idle(engine)
+        return engine
     if backend != "sqlite" or not parsed.database:
         raise InvalidArgument(
             f"database_url: {backend} is neither sqlite (with a file) nor postgresql", field="database_url"
@@ -83,9 +84,16 @@ def writing(engine: Engine) -> Iterator[Connection]:
 
 @contextmanager
 def reading(engine: Engine) -> Iterator[Connection]:
-    """A transaction that only reads: on SQLite it does not wait for writers."""
+    """A transaction that only reads: on SQLite it does not wait for writers.
+
+    On PostgreSQL each statement is a transaction of its own, as it would be within a READ COMMITTED one, two round
+    trips cheaper.
+    """
+    options: dict[str, Any] = {"cbtm_reading": True}
+    if engine.dialect.name == "postgresql":
+        options["isolation_level"] = "AUTOCOMMIT"
     try:
-        with engine.connect().execution_options(cbtm_reading=True) as connection, connection.begin():
+        with engine.connect().execution_options(**options) as connection, connection.begin():
             yield connection
     except PoolTimeout as error:
         raise Unavailable("the registry's database connections are all busy; try again") from error
@@ -97,6 +105,27 @@ def reading(engine: Engine) -> Iterator[Connection]:
 
 def _unavailable(error: DBAPIError) -> Unavailable:
     return Unavailable(f"the registry's database cannot be used now: {error.orig}")
+
+
+def _ping_idle(engine: Engine) -> None:
+    """Connections that lay idle are tried before they are used, for the server may have closed them meanwhile; one
+    that was used a moment ago is not worth the round trip.
+    """
+
+    @event.listens_for(engine, "checkin")
+    def _on_checkin(_: Any, record: ConnectionPoolEntry) -> None:
+        record.info["idle_since"] = time.monotonic()
+
+    @event.listens_for(engine, "checkout")
+    def _on_checkout(connection: Any, record: ConnectionPoolEntry, _: Any) -> None:
+        since = record.info.get("idle_since")
+        if since is None or time.monotonic() - since < IDLE_SECONDS:
+            return
+        try:
+            engine.dialect.do_ping(connection)
+        except engine.dialect.loaded_dbapi.Error as error:
+            # The pool puts a new one in its place.
+            raise DisconnectionError from error
 
 
 def _prepare_sqlite(engine: Engine) -> None:

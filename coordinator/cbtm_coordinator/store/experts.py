@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from datetime import datetime
 
-from sqlalchemy import Connection, func, insert, select
+from sqlalchemy import Connection, bindparam, func, insert, select
 
 from cbtm_common.files import FileSpec
 from cbtm_common.ids import new_id
@@ -45,6 +45,20 @@ def add(
     )
     events.append(tx, now, "expert.registered", run_id=run_id, detail={"cluster": cluster_index, "expert": expert_id})
     return ExpertRecord.of(tx.execute(select(experts).where(experts.c.id == expert_id)).one())
+
+
+_NEWEST = (
+    select(experts)
+    .where(experts.c.run_id == bindparam("of_run"), experts.c.cluster_index == bindparam("of_cluster_index"))
+    .order_by(experts.c.version.desc())
+    .limit(1)
+)
+
+
+def seed(tx: Connection, run_id: str) -> ExpertRecord | None:
+    """The newest version of the run's seed, once there is one."""
+    row = tx.execute(_NEWEST, {"of_run": run_id, "of_cluster_index": -1}).one_or_none()
+    return None if row is None else ExpertRecord.of(row)
 
 
 def current(tx: Connection, run_id: str) -> list[ExpertRecord]:

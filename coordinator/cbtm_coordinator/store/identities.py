@@ -7,7 +7,7 @@ from dataclasses import replace
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Connection, Row, func, insert, or_, select, update
+from sqlalchemy import Connection, Row, bindparam, func, insert, or_, select, update
 
 from cbtm_common.errors import NotFound, Unauthenticated
 from cbtm_coordinator.lifecycle import WorkerState
@@ -145,8 +145,11 @@ def _worker(row: Row[Any]) -> WorkerRecord:
     return replace(worker, last_seen_time=max(worker.last_seen_time, row.renew_time or worker.last_seen_time))
 
 
+_BY_CREDENTIAL = select(workers).where(workers.c.credential_hash == bindparam("of_hash"))
+
+
 def find_worker(tx: Connection, credential_hash: str) -> WorkerRecord | None:
-    row = tx.execute(select(workers).where(workers.c.credential_hash == credential_hash)).one_or_none()
+    row = tx.execute(_BY_CREDENTIAL, {"of_hash": credential_hash}).one_or_none()
     return None if row is None else WorkerRecord.of(row)
 
 
@@ -167,11 +170,23 @@ def worker_names(tx: Connection, worker_ids: Sequence[str]) -> dict[str, str]:
     return {row.id: row.name for row in rows}
 
 
-def seen(tx: Connection, now: datetime, worker_id: str, *, hardware_json: str = "") -> None:
-    values: dict[str, object] = {"last_seen_time": now}
+_SEEN = (
+    update(workers)
+    .where(workers.c.id == bindparam("of_worker"))
+    .values(last_seen_time=bindparam("new_time"))
+    .returning(workers)
+)
+_SEEN_WITH_HARDWARE = _SEEN.values(hardware_json=bindparam("new_hardware_json"))
+
+
+def seen(tx: Connection, now: datetime, worker_id: str, *, hardware_json: str = "") -> WorkerRecord:
+    """Notes that a worker was heard of, and what it says it has."""
+    given = {"of_worker": worker_id, "new_time": now}
     if hardware_json:
-        values["hardware_json"] = hardware_json
-    tx.execute(update(workers).where(workers.c.id == worker_id).values(**values))
+        found = tx.execute(_SEEN_WITH_HARDWARE, given | {"new_hardware_json": hardware_json})
+    else:
+        found = tx.execute(_SEEN, given)
+    return WorkerRecord.of(found.one())
 
 
 def count_success(tx: Connection, worker_id: str) -> None:

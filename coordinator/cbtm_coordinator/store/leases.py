@@ -1,4 +1,4 @@
-"""Leases: claiming a task, renewing, giving back, expiring, taking away.
+"""Leases: claiming a task, giving it back, expiring, taking away. Renewing is in `renewals`.
 
 Invariants 1 and 2: a claim is one guarded update that raises the task's epoch; every later write names that epoch.
 """
@@ -8,141 +8,128 @@ from __future__ import annotations
 from collections.abc import Sequence
 from datetime import datetime
 from functools import lru_cache
+from typing import NamedTuple
 
-from sqlalchemy import Connection, and_, bindparam, case, exists, func, insert, or_, select, update
+from sqlalchemy import ColumnElement, Connection, Update, bindparam, exists, insert, literal, or_, select, update
 
 from cbtm_common.errors import LeaseLost, PermissionDenied
 from cbtm_common.faults import point
 from cbtm_common.ids import new_id
 from cbtm_common.recipe import LeaseRecipe, Recipe
-from cbtm_coordinator.lifecycle import LeaseState, TaskKind, TaskState, sources
-from cbtm_coordinator.scheduler import (
-    Candidate,
-    DirectiveDecision,
-    Measured,
-    expiry_reason,
-    lease_directive,
-    pace,
-    rank,
-)
-from cbtm_coordinator.store import events, identities
-from cbtm_coordinator.store.records import LeaseRecord, Progress, TaskRecord
+from cbtm_coordinator.lifecycle import LeaseState, TaskState, sources
+from cbtm_coordinator.scheduler import Measured, expiry_reason, pace
+from cbtm_coordinator.store import events, identities, runs
+from cbtm_coordinator.store.records import LeaseRecord, RunRecord, TaskRecord, prefixed
 from cbtm_coordinator.store.tasks import WORKING, get_task, reopen
-from cbtm_coordinator.tables import checkpoints, leases, tasks, unfit
+from cbtm_coordinator.tables import UtcDateTime, leases, tasks, unfit
 from cbtm_coordinator.tables import runs as runs_table
 
-# Candidates looked at in one query; when other workers take all of them at this moment, the next ones are.
-_CANDIDATES = 16
+# The order of work: a seed first, for everything waits for it (and SEED sorts after EXPERT), then the fewest failures,
+# then the most steps left to do: the longest task first keeps the last worker of a run from being left alone with it.
+# `ix_tasks_open` has the same order.
+_OPEN = tasks.alias("open")
+_ORDER = (_OPEN.c.kind.desc(), _OPEN.c.attempts, _OPEN.c.committed_step - _OPEN.c.total_steps, _OPEN.c.id)
 
 
-def acquire(
-    tx: Connection, now: datetime, worker_id: str, *, run_id: str | None = None
-) -> tuple[LeaseRecord, TaskRecord] | None:
+class Claim(NamedTuple):
+    """A task claimed for a worker."""
+
+    lease: LeaseRecord
+    task: TaskRecord
+    run: RunRecord
+
+
+def acquire(tx: Connection, now: datetime, worker_id: str, *, run_id: str | None = None) -> Claim | None:
     """Claims the best open task for a worker, or None. Invariant 1: one winner, whoever races."""
-    passed: list[str] = []
-    while found := rank(_candidates(tx, now, worker_id, run_id, passed)):
-        for candidate in found:
-            task = _claim(tx, now, candidate.task_id)
-            if task is not None:
-                return _new_lease(tx, now, task, worker_id), task
-        passed += [candidate.task_id for candidate in found]
-    return None
+    given = {"new_time": now, "of_worker": worker_id}
+    if run_id is None:
+        row = tx.execute(_CLAIM, given).one_or_none()
+    else:
+        row = tx.execute(_CLAIM_OF_RUN, given | {"of_run": run_id}).one_or_none()
+    if row is None:
+        return None
+    task = TaskRecord.of(row)
+    run = runs.get_by_id(tx, task.run_id)
+    return Claim(_new_lease(tx, now, task, run, worker_id), task, run)
 
 
-def _claim(tx: Connection, now: datetime, task_id: str) -> TaskRecord | None:
+def _claim(*conditions: ColumnElement[bool]) -> Update:
     """One guarded update. PostgreSQL passes over a row that another claim holds at this moment instead of waiting for
     it; SQLite leaves that clause out, its writers come one by one.
     """
-    free = (
-        select(tasks.c.id)
-        .where(tasks.c.id == task_id, tasks.c.state.in_(sources(TaskState, "acquire")))
-        .with_for_update(skip_locked=True)
+    best = (
+        select(_OPEN.c.id)
+        .join(runs_table, runs_table.c.id == _OPEN.c.run_id)
+        .where(
+            # A literal, as in the index: a prepared statement could not use that for a parameter.
+            _OPEN.c.state == literal(TaskState.PENDING.value, literal_execute=True),
+            _OPEN.c.not_before_time <= bindparam("new_time", type_=UtcDateTime),
+            runs_table.c.paused.is_(False),
+            runs_table.c.state.in_(WORKING),
+            ~exists().where(unfit.c.worker_id == bindparam("of_worker"), unfit.c.task_id == _OPEN.c.id),
+            *conditions,
+        )
+        .order_by(*_ORDER)
+        .limit(1)
+        # NO KEY: a checkpoint being begun refers to its task, and is no reason to pass over it.
+        .with_for_update(skip_locked=True, key_share=True, of=_OPEN)
         .scalar_subquery()
     )
-    row = tx.execute(
+    return (
         update(tasks)
-        .where(tasks.c.id == free, tasks.c.state.in_(sources(TaskState, "acquire")))
-        .values(state=TaskState.LEASED.value, epoch=tasks.c.epoch + 1, update_time=now, reason="")
-        .returning(tasks)
-    ).one_or_none()
-    return None if row is None else TaskRecord.of(row)
-
-
-def _new_lease(tx: Connection, now: datetime, task: TaskRecord, worker_id: str) -> LeaseRecord:
-    lease_id = new_id("lease")
-    begin = pace(lease_policy(tx, task.run_id), Measured())
-    tx.execute(
-        insert(leases).values(
-            id=lease_id,
-            task_id=task.id,
-            worker_id=worker_id,
-            epoch=task.epoch,
-            state=LeaseState.LIVE.value,
-            acquire_time=now,
-            renew_time=now,
-            expire_time=now + begin.lease,
-            stall_time=now + begin.patience,
-            step=task.committed_step,
+        .where(tasks.c.id == best, tasks.c.state.in_(sources(TaskState, "acquire")))
+        .values(
+            state=TaskState.LEASED.value,
+            epoch=tasks.c.epoch + 1,
+            update_time=bindparam("new_time", type_=UtcDateTime),
+            reason="",
         )
+        .returning(tasks)
     )
+
+
+_CLAIM = _claim()
+_CLAIM_OF_RUN = _claim(_OPEN.c.run_id == bindparam("of_run"))
+_NEW = insert(leases)
+
+
+def _new_lease(tx: Connection, now: datetime, task: TaskRecord, run: RunRecord, worker_id: str) -> LeaseRecord:
+    begin = pace(lease_policy(run.recipe_json), Measured())
+    lease = LeaseRecord(
+        id=new_id("lease"),
+        task_id=task.id,
+        worker_id=worker_id,
+        epoch=task.epoch,
+        state=LeaseState.LIVE,
+        acquire_time=now,
+        renew_time=now,
+        expire_time=now + begin.lease,
+        stall_time=now + begin.patience,
+        end_time=None,
+        reason="",
+        step=task.committed_step,
+        loss=None,
+        tokens_per_second=0.0,
+        phase="",
+        transferred_bytes=0,
+    )
+    tx.execute(_NEW, vars(lease))
     events.append(
         tx,
         now,
         "task.leased",
         run_id=task.run_id,
         task_id=task.id,
-        lease_id=lease_id,
+        lease_id=lease.id,
         worker_id=worker_id,
         detail={"epoch": task.epoch, "from_step": task.committed_step},
     )
-    return get_lease(tx, lease_id)
-
-
-def _candidates(
-    tx: Connection, now: datetime, worker_id: str, run_id: str | None, passed: Sequence[str]
-) -> list[Candidate]:
-    query = (
-        select(tasks.c.id, tasks.c.run_id, tasks.c.kind, tasks.c.attempts, tasks.c.committed_step, tasks.c.total_steps)
-        .join(runs_table, runs_table.c.id == tasks.c.run_id)
-        .where(
-            tasks.c.state == TaskState.PENDING.value,
-            tasks.c.not_before_time <= now,
-            tasks.c.id.not_in(passed),
-            runs_table.c.paused.is_(False),
-            runs_table.c.state.in_(WORKING),
-            ~exists().where(unfit.c.worker_id == worker_id, unfit.c.task_id == tasks.c.id),
-        )
-        .order_by(
-            case((tasks.c.kind == TaskKind.SEED.value, 0), else_=1),
-            tasks.c.attempts,
-            tasks.c.committed_step - tasks.c.total_steps,
-            tasks.c.id,
-        )
-        .limit(_CANDIDATES)
-    )
-    if run_id is not None:
-        query = query.where(tasks.c.run_id == run_id)
-    return [
-        Candidate(
-            task_id=row.id,
-            run_id=row.run_id,
-            kind=TaskKind(row.kind),
-            attempts=row.attempts,
-            committed_step=row.committed_step,
-            total_steps=row.total_steps,
-        )
-        for row in tx.execute(query)
-    ]
-
-
-def lease_policy(tx: Connection, run_id: str) -> LeaseRecipe:
-    text = tx.execute(select(runs_table.c.recipe_json).where(runs_table.c.id == run_id)).scalar_one()
-    return _lease_recipe(text)
+    return lease
 
 
 @lru_cache(maxsize=256)
-def _lease_recipe(recipe_json: str) -> LeaseRecipe:
-    """A coordinator has few recipes and many renewals."""
+def lease_policy(recipe_json: str) -> LeaseRecipe:
+    """A coordinator has few recipes, and reads them at every renewal."""
     return Recipe.from_json(recipe_json).lease
 
 
@@ -152,7 +139,7 @@ _BY_ID = select(leases).where(leases.c.id == bindparam("of_lease"))
 def get_lease(tx: Connection, lease_id: str) -> LeaseRecord:
     row = tx.execute(_BY_ID, {"of_lease": lease_id}).one_or_none()
     if row is None:
-        raise LeaseLost(f"there is no lease {lease_id}", metadata={"lease_id": lease_id})
+        raise unknown(lease_id)
     return LeaseRecord.of(row)
 
 
@@ -167,14 +154,33 @@ def live_leases_of_workers(tx: Connection, worker_ids: Sequence[str]) -> dict[st
     return {row.worker_id: LeaseRecord.of(row) for row in tx.execute(query)}
 
 
+_HELD = (
+    select(*prefixed(leases), *prefixed(tasks))
+    .join_from(leases, tasks, tasks.c.id == leases.c.task_id)
+    .where(leases.c.id == bindparam("of_lease"))
+)
+
+
 def require(tx: Connection, lease_id: str, epoch: int, worker_id: str) -> tuple[LeaseRecord, TaskRecord]:
     """The live lease and its task, or LeaseLost with the reason it ended. Invariant 2."""
-    lease = get_lease(tx, lease_id)
+    row = tx.execute(_HELD, {"of_lease": lease_id}).one_or_none()
+    if row is None:
+        raise unknown(lease_id)
+    lease = LeaseRecord.of(row, prefix="leases_")
+    check_holds(lease, epoch, worker_id)
+    return lease, TaskRecord.of(row, prefix="tasks_")
+
+
+def check_holds(lease: LeaseRecord, epoch: int, worker_id: str) -> None:
+    """Raises LeaseLost unless the lease is live and this epoch's, PermissionDenied when it is another worker's."""
     if lease.worker_id != worker_id:
         raise PermissionDenied("this lease belongs to another worker")
     if lease.epoch != epoch or lease.state is not LeaseState.LIVE:
         raise lost(lease, epoch)
-    return lease, get_task(tx, lease.task_id)
+
+
+def unknown(lease_id: str) -> LeaseLost:
+    return LeaseLost(f"there is no lease {lease_id}", metadata={"lease_id": lease_id})
 
 
 def lost(lease: LeaseRecord, epoch: int) -> LeaseLost:
@@ -186,94 +192,6 @@ def lost(lease: LeaseRecord, epoch: int) -> LeaseLost:
     return LeaseLost(f"the lease {lease.id} is lost: {why}", metadata={"lease_id": lease.id, "state": lease.state})
 
 
-# Ten thousand workers renew every half minute: these two statements are built once.
-_RENEWING = (
-    select(
-        runs_table.c.paused,
-        runs_table.c.recipe_json,
-        tasks.c.committed_step,
-        leases.c.acquire_time,
-        select(func.max(func.coalesce(checkpoints.c.commit_time, checkpoints.c.create_time)))
-        .where(checkpoints.c.task_id == leases.c.task_id, checkpoints.c.epoch == leases.c.epoch)
-        .scalar_subquery()
-        .label("last_checkpoint"),
-    )
-    .select_from(leases.join(tasks, tasks.c.id == leases.c.task_id).join(runs_table, runs_table.c.id == tasks.c.run_id))
-    .where(leases.c.id == bindparam("of_lease"))
-)
-_RENEW = (
-    update(leases)
-    .where(
-        leases.c.id == bindparam("of_lease"),
-        leases.c.epoch == bindparam("of_epoch"),
-        leases.c.worker_id == bindparam("of_worker"),
-        leases.c.state == LeaseState.LIVE.value,
-    )
-    .values(
-        expire_time=bindparam("new_expire_time"),
-        renew_time=bindparam("new_renew_time"),
-        stall_time=case(
-            (
-                or_(
-                    leases.c.step != bindparam("new_step"),
-                    leases.c.transferred_bytes != bindparam("new_transferred_bytes"),
-                ),
-                bindparam("new_stall_time", type_=leases.c.stall_time.type),
-            ),
-            else_=leases.c.stall_time,
-        ),
-        step=bindparam("new_step"),
-        loss=bindparam("new_loss"),
-        tokens_per_second=bindparam("new_tokens_per_second"),
-        phase=bindparam("new_phase"),
-        transferred_bytes=bindparam("new_transferred_bytes"),
-    )
-    .returning(leases)
-)
-
-
-def renew(
-    tx: Connection, now: datetime, *, lease_id: str, epoch: int, worker_id: str, progress: Progress
-) -> tuple[LeaseRecord, DirectiveDecision]:
-    """Extends a live lease and notes its progress: one guarded update. Raises LeaseLost.
-
-    A lease past its end that nobody has expired yet still holds: there can be no successor.
-    """
-    row = tx.execute(_RENEWING, {"of_lease": lease_id}).one_or_none()
-    if row is None:
-        raise LeaseLost(f"there is no lease {lease_id}", metadata={"lease_id": lease_id})
-    sized = pace(_lease_recipe(row.recipe_json), progress.measured)
-    renewed = tx.execute(
-        _RENEW,
-        {
-            "of_lease": lease_id,
-            "of_epoch": epoch,
-            "of_worker": worker_id,
-            "new_expire_time": now + sized.lease,
-            "new_renew_time": now,
-            "new_stall_time": now + sized.patience,
-            "new_step": progress.step,
-            "new_loss": progress.loss,
-            "new_tokens_per_second": progress.tokens_per_second,
-            "new_phase": progress.phase,
-            "new_transferred_bytes": progress.transferred_bytes,
-        },
-    ).one_or_none()
-    if renewed is None:
-        require(tx, lease_id, epoch, worker_id)
-        raise LeaseLost(f"the lease {lease_id} is lost", metadata={"lease_id": lease_id})
-    told = lease_directive(
-        now=now,
-        run_paused=bool(row.paused),
-        training=progress.phase == "train",
-        step=progress.step,
-        committed_step=row.committed_step,
-        last_checkpoint=row.last_checkpoint or row.acquire_time,
-        pace=sized,
-    )
-    return LeaseRecord.of(renewed), told
-
-
 def end_lease(tx: Connection, now: datetime, lease: LeaseRecord, event: str, target: LeaseState, reason: str) -> bool:
     """Ends a live lease by one guarded update; False when it had ended already."""
     ended = tx.execute(
@@ -282,6 +200,19 @@ def end_lease(tx: Connection, now: datetime, lease: LeaseRecord, event: str, tar
         .values(state=target.value, end_time=now, reason=reason)
     )
     return ended.rowcount == 1
+
+
+_RELEASE = (
+    update(leases)
+    .where(
+        leases.c.id == bindparam("of_lease"),
+        leases.c.epoch == bindparam("of_epoch"),
+        leases.c.worker_id == bindparam("of_worker"),
+        leases.c.state.in_(sources(LeaseState, "release")),
+    )
+    .values(state=LeaseState.RELEASED.value, end_time=bindparam("new_end_time"), reason=bindparam("new_reason"))
+    .returning(leases)
+)
 
 
 def release(
@@ -296,9 +227,12 @@ def release(
     detail: str = "",
 ) -> tuple[LeaseRecord, TaskRecord]:
     """Gives a task back. A failure counts an attempt, and the last one fails the task and its run."""
-    lease, _ = require(tx, lease_id, epoch, worker_id)
-    if not end_lease(tx, now, lease, "release", LeaseState.RELEASED, detail):
+    given = {"of_lease": lease_id, "of_epoch": epoch, "of_worker": worker_id}
+    row = tx.execute(_RELEASE, {**given, "new_end_time": now, "new_reason": detail}).one_or_none()
+    if row is None:
+        require(tx, lease_id, epoch, worker_id)
         raise lost(get_lease(tx, lease_id), epoch)
+    lease = LeaseRecord.of(row)
     task = get_task(tx, lease.task_id, lock=True)
     events.append(
         tx,
@@ -318,8 +252,8 @@ def release(
     elif task.state is TaskState.DONE:
         identities.count_success(tx, worker_id)
     if task.state is TaskState.LEASED:
-        reopen(tx, now, task, event="release", reason=detail, counts=failed)
-    return get_lease(tx, lease_id), get_task(tx, task.id)
+        task = reopen(tx, now, task, event="release", reason=detail, counts=failed)
+    return lease, task
 
 
 def due_leases(tx: Connection, now: datetime, *, limit: int = 200) -> list[LeaseRecord]:
@@ -376,7 +310,9 @@ def expire(tx: Connection, now: datetime, lease: LeaseRecord) -> LeaseRecord | N
 def revoke_leases(tx: Connection, now: datetime, *, reason: str, worker_id: str = "", task_id: str = "") -> int:
     """Takes away the live leases of a worker or of a task; their tasks are open again, no attempt counted."""
     condition = leases.c.worker_id == worker_id if worker_id else leases.c.task_id == task_id
-    rows = tx.execute(select(leases).where(and_(condition, leases.c.state == LeaseState.LIVE.value))).all()
+    # In the order in which renewals lock them.
+    query = select(leases).where(condition, leases.c.state == LeaseState.LIVE.value).order_by(leases.c.id)
+    rows = tx.execute(query).all()
     ended = 0
     for lease in map(LeaseRecord.of, rows):
         if not end_lease(tx, now, lease, "revoke", LeaseState.REVOKED, reason):

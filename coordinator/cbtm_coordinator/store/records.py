@@ -10,7 +10,7 @@ from enum import StrEnum
 from functools import cache
 from typing import Any, Self
 
-from sqlalchemy import Row
+from sqlalchemy import Label, Row, Table
 
 from cbtm_common.files import FileSpec
 from cbtm_coordinator.lifecycle import CheckpointState, LeaseState, RunState, TaskKind, TaskState, WorkerState
@@ -21,10 +21,16 @@ _ENUMS = {e.__name__: e for e in (RunState, TaskState, TaskKind, LeaseState, Che
 
 class _FromRow:
     @classmethod
-    def of(cls, row: Row[Any] | Mapping[str, Any]) -> Self:
-        """From a row that has at least this record's columns; states become their enums."""
+    def of(cls, row: Row[Any] | Mapping[str, Any], *, prefix: str = "") -> Self:
+        """From a row that has at least this record's columns, their names after `prefix`; states become their enums."""
         values = row._mapping if isinstance(row, Row) else row
-        return cls(**{name: kind(values[name]) if kind else values[name] for name, kind in _columns(cls)})  # type: ignore[arg-type]  # a class is hashable
+        columns = _columns(cls)  # type: ignore[arg-type]  # a class is hashable
+        return cls(**{name: kind(values[prefix + name]) if kind else values[prefix + name] for name, kind in columns})
+
+
+def prefixed(table: Table) -> list[Label[Any]]:
+    """A table's columns under names of their own, for a row of several tables: `leases.id` is `leases_id`."""
+    return [column.label(f"{table.name}_{column.name}") for column in table.columns]
 
 
 @cache

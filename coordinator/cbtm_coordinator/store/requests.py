@@ -1,6 +1,7 @@
 """Answers to requests already answered: a retry with the same request_id gets the first answer.
 
-The answer is written in the transaction of what it answers, so that either both are there or neither.
+The answer is written in the transaction of what it answers, so that either both are there or neither. Retries are
+seldom: a request is served as if it were the first, and undone when an answer turns out to be there already.
 """
 
 from __future__ import annotations
@@ -8,51 +9,75 @@ from __future__ import annotations
 from collections.abc import Callable
 from datetime import datetime, timedelta
 
-from sqlalchemy import Connection, delete, select
+from sqlalchemy import Connection, Engine, bindparam, delete, select
 from sqlalchemy.dialects import postgresql, sqlite
 
-from cbtm_common.errors import InvalidArgument
+from cbtm_common.errors import CbtmError, InvalidArgument, Unavailable
+from cbtm_coordinator.store.database import reading, writing
 from cbtm_coordinator.tables import requests
 
 # A client gives up long before.
 KEEP = timedelta(days=7)
 
+_NAMES = [column.name for column in requests.primary_key.columns]
+_FIND = select(requests.c.response).where(*(requests.c[name] == bindparam(name) for name in _NAMES))
+# Asked by a returned row: what drivers count for an insertion that did nothing differs.
+_RECORD = {
+    dialect.__name__.rpartition(".")[2]: dialect.insert(requests)
+    .on_conflict_do_nothing()
+    .returning(requests.c.request_id)
+    for dialect in (postgresql, sqlite)
+}
+
+
+class _AnsweredBefore(Exception):
+    """Undoes the transaction of a repetition."""
+
 
 def once(
-    tx: Connection,
-    now: datetime,
+    engine: Engine,
+    clock: Callable[[], datetime],
     *,
     request_id: str,
     method: str,
     principal: str,
-    answer: Callable[[], bytes],
+    answer: Callable[[Connection], bytes],
+    keep: Callable[[bytes], bool] = lambda _: True,
 ) -> bytes:
-    """`answer()` the first time, its stored result after that. A concurrent duplicate waits for the first."""
+    """`answer(tx)` in one transaction the first time, its recorded result after that.
+
+    Of two at once, the second waits for the first where both change the same rows, or at the record. An answer that
+    `keep` refuses is not recorded: that of a request which changed nothing.
+    """
     if not request_id or len(request_id) > 64:
         raise InvalidArgument("request_id: a UUID is needed in every mutation", field="request_id")
     key = {"request_id": request_id, "method": method, "principal": principal}
-    dialect = postgresql if tx.dialect.name == "postgresql" else sqlite
-    # Asked by a returned row: what drivers count for an insertion that did nothing differs.
-    claim = (
-        dialect.insert(requests)
-        .values(**key, response=b"", create_time=now)
-        .on_conflict_do_nothing()
-        .returning(requests.c.request_id)
-    )
-    claimed = tx.execute(claim).first() is not None
-    where = [column == key[column.name] for column in requests.primary_key.columns]
-    if not claimed:
-        return bytes(tx.execute(select(requests.c.response).where(*where)).scalar_one())
-    response = answer()
-    tx.execute(requests.update().where(*where).values(response=response))
-    return response
+    try:
+        with writing(engine) as tx:
+            response = answer(tx)
+            kept = keep(response)
+            if kept:
+                record = _RECORD[tx.dialect.name]
+                if tx.execute(record, {**key, "response": response, "create_time": clock()}).first() is None:
+                    raise _AnsweredBefore
+    except Unavailable:
+        raise
+    except (CbtmError, _AnsweredBefore):
+        # What the first one changed may be why this one fails.
+        first = find(engine, **key)
+        if first is None:
+            raise
+        return first
+    # It may also be why this one finds nothing to do.
+    return response if kept else find(engine, **key) or response
 
 
-def find(tx: Connection, *, request_id: str, method: str, principal: str) -> bytes | None:
+def find(engine: Engine, *, request_id: str, method: str, principal: str) -> bytes | None:
     """The answer given before, if there was one."""
-    key = {"request_id": request_id, "method": method, "principal": principal}
-    where = [column == key[column.name] for column in requests.primary_key.columns]
-    answer = tx.execute(select(requests.c.response).where(*where)).scalar_one_or_none()
+    with reading(engine) as tx:
+        answer = tx.execute(
+            _FIND, {"request_id": request_id, "method": method, "principal": principal}
+        ).scalar_one_or_none()
     return None if answer is None else bytes(answer)
 
 

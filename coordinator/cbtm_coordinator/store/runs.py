@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Sequence
 from datetime import datetime
 
-from sqlalchemy import Connection, delete, func, insert, or_, select, tuple_, update
+from sqlalchemy import Connection, bindparam, delete, func, insert, or_, select, tuple_, update
 from sqlalchemy.exc import IntegrityError as ConstraintError
 
 from cbtm_common.errors import AlreadyExists, InvalidArgument, InvalidState, NotFound
@@ -67,6 +67,14 @@ def get(tx: Connection, run: str, *, lock: bool = False) -> RunRecord:
     return RunRecord.of(row)
 
 
+_BY_ID = select(runs).where(runs.c.id == bindparam("of_run"))
+
+
+def get_by_id(tx: Connection, run_id: str) -> RunRecord:
+    """A run that a row refers to, so that it must be there."""
+    return RunRecord.of(tx.execute(_BY_ID, {"of_run": run_id}).one())
+
+
 def list_runs(tx: Connection, *, after_id: str = "", limit: int = 100) -> list[RunRecord]:
     return [
         RunRecord.of(row)
@@ -117,11 +125,16 @@ def add_files(tx: Connection, run_id: str, kind: str, files: Iterable[FileSpec])
         )
 
 
+_FILES = select(run_files).where(run_files.c.run_id == bindparam("of_run")).order_by(run_files.c.kind, run_files.c.path)
+_FILES_OF_KIND = _FILES.where(run_files.c.kind == bindparam("of_kind"))
+
+
 def files(tx: Connection, run: RunRecord, kind: str | None = None) -> list[RunFile]:
-    query = select(run_files).where(run_files.c.run_id == run.data_run_id)
-    if kind is not None:
-        query = query.where(run_files.c.kind == kind)
-    return [RunFile.of(row) for row in tx.execute(query.order_by(run_files.c.kind, run_files.c.path))]
+    if kind is None:
+        rows = tx.execute(_FILES, {"of_run": run.data_run_id})
+    else:
+        rows = tx.execute(_FILES_OF_KIND, {"of_run": run.data_run_id, "of_kind": kind})
+    return [RunFile.of(row) for row in rows]
 
 
 def register_clusters(tx: Connection, run: RunRecord, new: Sequence[NewCluster]) -> list[ClusterRecord]:

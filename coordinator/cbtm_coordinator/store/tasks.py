@@ -112,24 +112,47 @@ def count_open(tx: Connection, *, run_id: str | None = None, worker_id: str = ""
     return int(tx.execute(query).scalar_one())
 
 
-def reopen(tx: Connection, now: datetime, task: TaskRecord, *, event: str, reason: str, counts: bool) -> None:
-    """A leased task back to PENDING, from its last good checkpoint; or to FAILED when its attempts are used up."""
+_REOPEN = (
+    update(tasks)
+    .where(
+        tasks.c.id == bindparam("of_task"),
+        tasks.c.epoch == bindparam("of_epoch"),
+        tasks.c.state.in_(bindparam("of_states", expanding=True)),
+    )
+    .values(
+        state=bindparam("new_state"),
+        attempts=bindparam("new_attempts"),
+        not_before_time=bindparam("new_not_before_time"),
+        reason=bindparam("new_reason"),
+        update_time=bindparam("new_update_time"),
+    )
+    .returning(tasks)
+)
+
+
+def reopen(tx: Connection, now: datetime, task: TaskRecord, *, event: str, reason: str, counts: bool) -> TaskRecord:
+    """A leased task back to PENDING, from its last good checkpoint; or to FAILED when its attempts are used up.
+
+    The task as it is then; unchanged when another process was first.
+    """
     attempts = task.attempts + (1 if counts else 0)
     failed = attempts >= task.max_attempts
     wait = backoff(now=now, failures=attempts if counts else 0, what="this task")
-    changed = tx.execute(
-        update(tasks)
-        .where(tasks.c.id == task.id, tasks.c.epoch == task.epoch, tasks.c.state.in_(sources(TaskState, event)))
-        .values(
-            state=(TaskState.FAILED if failed else TaskState.PENDING).value,
-            attempts=attempts,
-            not_before_time=wait.until or now,
-            reason=reason,
-            update_time=now,
-        )
-    )
-    if changed.rowcount != 1:
-        return
+    row = tx.execute(
+        _REOPEN,
+        {
+            "of_task": task.id,
+            "of_epoch": task.epoch,
+            "of_states": sources(TaskState, event),
+            "new_state": (TaskState.FAILED if failed else TaskState.PENDING).value,
+            "new_attempts": attempts,
+            "new_not_before_time": wait.until or now,
+            "new_reason": reason,
+            "new_update_time": now,
+        },
+    ).one_or_none()
+    if row is None:
+        return get_task(tx, task.id)
     kind = "task.failed" if failed else "task.pending"
     events.append(tx, now, kind, run_id=task.run_id, task_id=task.id, reason=reason, detail={"attempts": attempts})
     if failed:
@@ -137,3 +160,4 @@ def reopen(tx: Connection, now: datetime, task: TaskRecord, *, event: str, reaso
         if run.state in (RunState.SEEDING, RunState.TRAINING):
             why = f"cluster {task.cluster_index}" if task.kind is TaskKind.EXPERT else "the seed"
             runs.change_state(tx, now, run, "task_failed", f"{why} failed {attempts} times, last: {reason}")
+    return TaskRecord.of(row)

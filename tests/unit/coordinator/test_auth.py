@@ -9,7 +9,7 @@ import pytest
 from cbtm_api.v1 import admin_service_pb2, catalog_service_pb2, worker_service_pb2
 from cbtm_common.errors import PermissionDenied, Unauthenticated
 from cbtm_common.ids import hash_secret, new_id, new_secret
-from cbtm_coordinator.services.auth import Authenticator, Principal, Role, allowed_roles
+from cbtm_coordinator.services.auth import Authenticator, Principal, Role, allowed_roles, check_active
 from cbtm_coordinator.store import identities
 from tests.support.registry import Registry
 
@@ -113,3 +113,26 @@ def test_an_open_catalog_opens_nothing_else(registry: Registry) -> None:
 def test_what_is_no_bearer_secret_is_refused_also_by_an_open_catalog(registry: Registry, authorization: str) -> None:
     with pytest.raises(Unauthenticated):
         _authenticator(registry, public=True).check(_LIST_RUNS, authorization)
+
+
+def test_a_worker_is_looked_up_once_and_its_revocation_holds_where_it_asks_for_work(registry: Registry) -> None:
+    worker, check = registry.worker(), _authenticator(registry)
+    # The registry of tests hashes a worker's id for its secret.
+    assert check.check(_ACQUIRE, f"Bearer {worker}") == Principal(role=Role.WORKER, id=worker)
+    with registry.store.writing() as tx:
+        identities.set_revoked(tx, registry.clock(), worker, "sends rubbish")
+    assert check.check(_ACQUIRE, f"Bearer {worker}").id == worker
+    with registry.store.writing() as tx, pytest.raises(PermissionDenied, match="sends rubbish"):
+        check_active(identities.seen(tx, registry.clock(), worker))
+    with pytest.raises(PermissionDenied, match="sends rubbish"):
+        _authenticator(registry).check(_ACQUIRE, f"Bearer {worker}")
+
+
+def test_a_worker_is_looked_up_again_after_a_while(registry: Registry) -> None:
+    worker = registry.worker()
+    check = Authenticator(registry.store, public_catalog=False, remember_seconds=0)
+    check.check(_ACQUIRE, f"Bearer {worker}")
+    with registry.store.writing() as tx:
+        identities.set_revoked(tx, registry.clock(), worker, "sends rubbish")
+    with pytest.raises(PermissionDenied, match="sends rubbish"):
+        check.check(_ACQUIRE, f"Bearer {worker}")

@@ -9,9 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cbtm_common.recipe import LeaseRecipe
-from cbtm_coordinator.lifecycle import TaskKind
 from cbtm_coordinator.scheduler import (
-    Candidate,
     Directive,
     DirectiveDecision,
     Measured,
@@ -20,7 +18,6 @@ from cbtm_coordinator.scheduler import (
     lease_directive,
     pace,
     poll_after,
-    rank,
 )
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
@@ -28,28 +25,6 @@ MINUTE = timedelta(minutes=1)
 HOUR = timedelta(hours=1)
 BOUNDS = LeaseRecipe()
 BEGIN = pace(BOUNDS, Measured())
-
-
-def _candidate(
-    task_id: str, *, kind: TaskKind = TaskKind.EXPERT, attempts: int = 0, committed: int = 0, total: int = 100
-) -> Candidate:
-    return Candidate(
-        task_id=task_id, run_id="run", kind=kind, attempts=attempts, committed_step=committed, total_steps=total
-    )
-
-
-def test_a_seed_comes_first_then_fewest_failures_then_the_most_work_left() -> None:
-    ranked = rank(
-        [
-            _candidate("nearly-done", committed=90),
-            _candidate("failing", attempts=2),
-            _candidate("fresh-b"),
-            _candidate("seed", kind=TaskKind.SEED, attempts=4, committed=99),
-            _candidate("fresh-a"),
-            _candidate("long", total=500),
-        ]
-    )
-    assert [c.task_id for c in ranked] == ["seed", "long", "fresh-a", "fresh-b", "nearly-done", "failing"]
 
 
 def _told(

@@ -118,9 +118,8 @@ def test_the_verification_may_end_after_a_successor_took_over_and_is_then_refuse
     registry.clock.advance(RECIPE.lease.lease_seconds)
     registry.expire_due()
     successor = registry.lease()
-    # The store itself refuses, also without the check that the services make first.
-    with registry.store.writing() as tx, pytest.raises(LeaseLost, match=f"epoch {successor.epoch}"):
-        checkpoints.commit(tx, registry.clock(), checkpoint=verified, metrics={})
+    with pytest.raises(LeaseLost, match=f"epoch {successor.epoch}"):
+        registry.commit(zombie, verified)
     assert registry.get_checkpoint(verified).state is CheckpointState.UPLOADING
 
 

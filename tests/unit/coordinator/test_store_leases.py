@@ -10,11 +10,11 @@ from sqlalchemy import select
 
 from cbtm_common.errors import LeaseLost, PermissionDenied
 from cbtm_coordinator.lifecycle import LeaseState, RunState, TaskKind, TaskState
-from cbtm_coordinator.scheduler import Candidate, Measured, rank
+from cbtm_coordinator.scheduler import Measured
 from cbtm_coordinator.store import events, leases, runs, tasks
 from cbtm_coordinator.store.records import LeaseRecord, Progress
 from cbtm_coordinator.tables import leases as leases_table
-from tests.support.registry import RECIPE, Registry, all_at_once
+from tests.support.registry import RECIPE, Registry, all_at_once, renewal
 
 _RACERS = 8
 
@@ -60,19 +60,22 @@ def test_the_best_candidates_are_found_among_more_than_one_query_looks_at(regist
     assert taken[-1].task_id == first.task_id
 
 
-def test_the_query_for_candidates_sorts_as_the_scheduler_ranks(registry: Registry) -> None:
+def test_the_fewest_failures_come_first_and_then_the_most_steps_left(registry: Registry) -> None:
     run = registry.run(clusters=6)
     worker = registry.worker()
-    for step in (30, 10):
+    for step, failed in ((30, False), (10, True), (20, False)):
         lease = registry.lease(worker)
         registry.save(lease, step)
-        registry.release(lease, failed=step == 10)
+        registry.release(lease, failed=failed)
     registry.clock.advance(3600)
-    with registry.store.reading() as tx:
-        found = leases._candidates(tx, registry.clock(), worker, run.id, [])
-    assert len(found) == 6
-    assert found == rank(found)
-    assert all(isinstance(c, Candidate) for c in found)
+    best = sorted(registry.tasks(run), key=lambda t: (t.attempts, t.committed_step - t.total_steps, t.id))
+    assert [registry.lease(worker).task_id for _ in range(6)] == [task.id for task in best]
+
+
+def test_a_seed_comes_before_the_experts_of_another_run(registry: Registry) -> None:
+    registry.run("experts", clusters=3)
+    run = registry.run("seeded", clusters=1, seed_steps=10)
+    assert registry.task(registry.lease().task_id).run_id == run.id
 
 
 def test_the_seed_is_trained_before_any_expert_opens(registry: Registry) -> None:
@@ -195,15 +198,8 @@ def test_a_slow_worker_gets_a_longer_lease_and_more_patience_and_is_told_so(regi
     lease = registry.lease()
     slow = Measured(step_seconds=300, upload_bytes_per_second=1e6, checkpoint_bytes=8_000_000_000)
     progress = Progress(step=1, phase="train", measured=slow)
-    with registry.store.writing() as tx:
-        renewed, told = leases.renew(
-            tx,
-            registry.clock(),
-            lease_id=lease.id,
-            epoch=lease.epoch,
-            worker_id=lease.worker_id,
-            progress=progress,
-        )
+    outcome = registry.store.renew(renewal(lease, progress))
+    renewed, told = outcome.lease, outcome.told
     assert told.pace.lease == timedelta(seconds=400)
     assert renewed.expire_time == registry.clock() + told.pace.lease
     assert told.pace.reason
