@@ -14,7 +14,7 @@ import argparse
 import asyncio
 import hashlib
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import grpc
-import httpx
 import numpy as np
 import psutil
 
@@ -53,6 +52,7 @@ class Simulated:
     secret: str
     lease_id: str = ""
     epoch: int = 0
+    committed_step: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +128,12 @@ class Load:
         answer = await self.call("AcquireLease", worker, request)
         if not answer.HasField("lease"):
             raise RuntimeError(f"no task was left: {answer.reason}")
-        return Simulated(secret=worker.secret, lease_id=answer.lease.id, epoch=answer.lease.epoch)
+        return Simulated(
+            secret=worker.secret,
+            lease_id=answer.lease.id,
+            epoch=answer.lease.epoch,
+            committed_step=answer.spec.task.committed_step,
+        )
 
     async def renew(self, worker: Simulated, step: int) -> None:
         progress = pb.Progress(step=step, loss=2.0, tokens_per_second=1e4, phase="train")
@@ -184,18 +189,41 @@ async def paced(make: Callable[[int], Awaitable[Any]], *, rate: float, seconds: 
     return latencies
 
 
-async def cycle(load: Load, client: httpx.AsyncClient, target: Target, worker: Simulated) -> None:
+class Puts:
+    """PUTs over kept connections, HTTP/1.1 by hand: a client library would cost more than the server that is measured."""
+
+    def __init__(self, base_url: str) -> None:
+        self._host, _, self._port = base_url.removeprefix("http://").partition(":")
+        self._idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
+
+    async def put(self, path: str, headers: Mapping[str, str], data: bytes) -> None:
+        reader, writer = self._idle.pop() if self._idle else await asyncio.open_connection(self._host, int(self._port))
+        lines = [f"PUT {path} HTTP/1.1", f"host: {self._host}", f"content-length: {len(data)}"]
+        lines += [f"{name}: {value}" for name, value in headers.items() if name.lower() != "content-length"]
+        writer.write("\r\n".join([*lines, "", ""]).encode() + data)
+        head = await reader.readuntil(b"\r\n\r\n")
+        if not head.startswith(b"HTTP/1.1 200"):
+            raise RuntimeError(f"PUT {path}: {head.decode()}")
+        await reader.readexactly(int(head.lower().partition(b"content-length:")[2].partition(b"\r")[0]))
+        self._idle.append((reader, writer))
+
+    def close(self) -> None:
+        for _, writer in self._idle:
+            writer.close()
+
+
+async def cycle(load: Load, puts: Puts, worker: Simulated) -> None:
     """One task from claim to release, with a checkpoint of one small file that is really uploaded and verified."""
     held = await load.acquire(worker)
     data = f'{{"lease": "{held.lease_id}"}}'.encode()
     file = pb.FileSpec(path="state.json", size=len(data), sha256=hashlib.sha256(data).hexdigest())
     lease = {"lease_id": held.lease_id, "epoch": held.epoch}
+    step = held.committed_step + 1
     prepared = await load.call(
-        "PrepareUpload", held, ws.PrepareUploadRequest(request_id=new_request_id(), step=1, files=[file], **lease)
+        "PrepareUpload", held, ws.PrepareUploadRequest(request_id=new_request_id(), step=step, files=[file], **lease)
     )
     request = prepared.uploads[0].request
-    response = await client.put(target.http + request.url, content=data, headers=dict(request.headers))
-    response.raise_for_status()
+    await puts.put(request.url, request.headers, data)
     await load.call(
         "CommitCheckpoint",
         held,
@@ -236,14 +264,15 @@ async def measure(report: Report, store: Store, target: Target, pid: int, *, wor
     free = asyncio.Queue[Simulated]()
     for worker in cyclers:
         free.put_nowait(worker)
-    async with httpx.AsyncClient(limits=httpx.Limits(max_connections=CYCLES_IN_FLIGHT)) as client:
+    puts = Puts(target.http)
 
-        async def one(_: int) -> None:
-            worker = await free.get()
-            await cycle(load, client, target, worker)
-            free.put_nowait(worker)
+    async def one(_: int) -> None:
+        worker = await free.get()
+        await cycle(load, puts, worker)
+        free.put_nowait(worker)
 
-        speed, _ = await saturate(one, seconds=seconds, in_flight=CYCLES_IN_FLIGHT)
+    speed, _ = await saturate(one, seconds=seconds, in_flight=CYCLES_IN_FLIGHT)
+    puts.close()
     report.add("full cycles (acquire, prepare, upload, commit, release)", speed, "/s", bar=None if small else 150)
     report.add("full cycles against BOINC's published 102/s", speed / 102, "x")
     memory = psutil.Process(pid).memory_info().rss / 2**20

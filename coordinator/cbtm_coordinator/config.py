@@ -57,8 +57,10 @@ class CoordinatorConfig(BaseSettings):
     url_ttl_seconds: _Seconds = 3600.0
     # Whether anybody may read runs, experts and the clustering model without a token.
     public_catalog: bool = True
-    # Calls served at once, and connections to the registry.
+    # Calls served at once.
     threads: Annotated[int, Field(ge=2, le=1024)] = 32
+    # Connections to PostgreSQL. A few keep one process busy; more pay only where the database is far away.
+    database_connections: Annotated[int, Field(ge=1, le=1024)] = 4
     # How often leases are looked at, in seconds.
     reaper_seconds: _Seconds = 2.0
     # Objects that nothing knows are deleted after this long.

@@ -162,7 +162,7 @@ class Coordinator:
 
 def open_registry(config: CoordinatorConfig) -> Store:
     """The registry, checked to be of this version. Raises InvalidState, saying what to run."""
-    store = Store(config.registry_url, pool_size=config.threads)
+    store = Store(config.registry_url, pool_size=config.database_connections)
     store.ping()
     current, head = migrations.current_and_head(store.engine)
     if current is None:

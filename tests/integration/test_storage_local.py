@@ -21,6 +21,7 @@ from cbtm_common.errors import NotFound, ResourceExhausted, Unavailable
 from cbtm_common.rpc import RetryPolicy
 from cbtm_common.transfer import Transfer
 from cbtm_coordinator.storage import LocalStore, Signed, UrlSigner, prepare_download, prepare_upload, verify
+from cbtm_coordinator.storage.base import CHUNK
 from cbtm_coordinator.storage.http_app import make_app
 from cbtm_coordinator.storage.local import Incoming
 from tests.support.objects import IMPATIENT, PART, TTL, Backend, ObjectStoreContract, make_file, serve
@@ -186,9 +187,11 @@ def until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
 
 
 def test_a_body_cut_off_in_the_middle_leaves_nothing(backend: Backend, store: LocalStore) -> None:
-    signed = put_of(store, "runs/cut", b"x" * 1000)
+    # Larger than what is received in memory.
+    size = CHUNK + 1
+    signed = put_of(store, "runs/cut", b"x" * size)
     with socket.create_connection(("127.0.0.1", backend.port), timeout=10) as link:
-        link.sendall(f"PUT {signed.url} HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n".encode() + b"x" * 10)
+        link.sendall(f"PUT {signed.url} HTTP/1.1\r\nHost: x\r\nContent-Length: {size}\r\n\r\n".encode() + b"x" * 10)
         until(lambda: len(incoming(store)) == 1)
         link.shutdown(socket.SHUT_WR)
         while link.recv(1000):

@@ -16,7 +16,7 @@ import asyncio
 import logging
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -129,31 +129,54 @@ def _check_length(request: Request, grant: Grant) -> None:
 
 
 async def _put(store: LocalStore, grant: Grant, request: Request, stall_seconds: float) -> Response:
-    incoming = await run_in_threadpool(store.receive, grant.size)
-    # Leaving removes a file: quick enough for the event loop.
-    with incoming:
-        try:
-            await _receive(incoming, request, stall_seconds)
-        except TimeoutError:
-            return Response(status_code=408, headers={"connection": "close"})
-        await run_in_threadpool(store.accept, incoming, grant)
+    body = _Body(request, stall_seconds)
+    try:
+        # Small enough to wait for in memory: a thread for the whole of it, not one for each step.
+        if grant.size <= CHUNK:
+            await run_in_threadpool(_store, store, grant, [chunk async for chunk in body])
+        else:
+            incoming = await run_in_threadpool(store.receive, grant.size)
+            # Leaving removes a file: quick enough for the event loop.
+            with incoming:
+                await _receive(incoming, body)
+                await run_in_threadpool(store.accept, incoming, grant)
+    except TimeoutError:
+        return Response(status_code=408, headers={"connection": "close"})
     return Response(status_code=200)
 
 
-async def _receive(incoming: Incoming, request: Request, stall_seconds: float) -> None:
+class _Body:
+    """The chunks of a request's body; TimeoutError when it stalls."""
+
+    def __init__(self, request: Request, stall_seconds: float) -> None:
+        self._stream = aiter(request.stream())
+        self._stall_seconds = stall_seconds
+        self._pace = _Pace(stall_seconds)
+
+    def __aiter__(self) -> _Body:
+        return self
+
+    async def __anext__(self) -> bytes:
+        async with asyncio.timeout(self._stall_seconds):
+            chunk = await anext(self._stream)
+        self._pace.moved += len(chunk)
+        if self._pace.too_slow():
+            raise TimeoutError
+        return chunk
+
+
+def _store(store: LocalStore, grant: Grant, chunks: Sequence[bytes]) -> None:
+    with store.receive(grant.size) as incoming:
+        for chunk in chunks:
+            incoming.write(chunk)
+        store.accept(incoming, grant)
+
+
+async def _receive(incoming: Incoming, body: _Body) -> None:
     """The whole body into `incoming`. Raises TimeoutError when it stalls, InvalidArgument when it is too long."""
-    pace = _Pace(stall_seconds)
-    stream = aiter(request.stream())
     waiting: list[bytes] = []
     size = 0
-    while True:
-        async with asyncio.timeout(stall_seconds):
-            chunk = await anext(stream, None)
-        if chunk is None:
-            break
-        pace.moved += len(chunk)
-        if pace.too_slow():
-            raise TimeoutError
+    async for chunk in body:
         waiting.append(chunk)
         size += len(chunk)
         # A thread for each megabyte, not for each packet.

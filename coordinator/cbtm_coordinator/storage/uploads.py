@@ -59,8 +59,10 @@ def finish_upload(store: ObjectStore, file: FileSpec, *, part_size: int = PART_S
 
     Raises NotFound when parts are missing.
     """
+    if file.size <= part_size:
+        return
     stat = store.stat(file.key)
-    if (stat is not None and stat.size == file.size) or file.size <= part_size:
+    if stat is not None and stat.size == file.size:
         return
     sizes = part_sizes(file.size, part_size)
     missing = len(sizes)

@@ -51,7 +51,7 @@ def open_engine(url: str, *, pool_size: int = 20) -> Engine:
     backend = parsed.get_backend_name()
     if backend == "postgresql":
         engine = create_engine(
-            parsed.set(drivername="postgresql+psycopg"), pool_size=pool_size, max_overflow=10, pool_timeout=30
+            parsed.set(drivername="postgresql+psycopg"), pool_size=pool_size, max_overflow=0, pool_timeout=30
         )
         _ping_idle(engine)
         return engine

@@ -11,7 +11,7 @@ from sqlalchemy import Connection, insert, select
 from cbtm_coordinator.store.records import EventRecord
 from cbtm_coordinator.tables import events
 
-_APPEND = insert(events)
+_APPEND = insert(events).inline()
 
 
 def append(
