@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from cbtm._text import Detokenizer, TextState, decode_prefixes
 from cbtm_common.errors import InvalidArgument
-from cbtm_common.routing import CentroidRouter, Distance, Router, RunningText, TermEmbedding, keep_top
+from cbtm_common.routing import CentroidRouter, Distance, Router, RunningState, TermEmbedding, keep_top
 
 if TYPE_CHECKING:
     from typing import Self
@@ -72,7 +72,7 @@ class ContextState:
     """A context as routing sees it. Immutable: contexts may branch."""
 
     text: TextState
-    running: RunningText
+    running: RunningState
     # Weights that no longer change, [K]: of policies `prompt` and `fixed`.
     settled: Float64 | None = None
 
@@ -114,12 +114,12 @@ class ContextRouter:
 
     def start(self, ids: Sequence[int]) -> ContextState:
         """The state of a prompt."""
-        text, running = TextState(), self.router.start()
+        text, running = TextState(), self.router.begin()
         pieces = []
         for token in ids:
             text, piece = self.detokenizer.push(text, token)
             pieces.append(piece)
-        state = ContextState(text, self.router.advance(running, "".join(pieces)))
+        state = ContextState(text, running.extend("".join(pieces)))
         if self.options.policy is Policy.FIXED:
             return ContextState(state.text, state.running, self._fixed())
         if self.options.policy is Policy.PROMPT:
@@ -131,7 +131,7 @@ class ContextRouter:
         if state.settled is not None:
             return state
         text, piece = self.detokenizer.push(state.text, token)
-        running = self.router.advance(state.running, piece) if piece else state.running
+        running = state.running.extend(piece) if piece else state.running
         return ContextState(text, running)
 
     def weights(self, states: Sequence[ContextState]) -> Float64:

@@ -1,36 +1,86 @@
-"""Routers: from text to weights over clusters. The same object shards a corpus and weighs the ensemble.
+"""What a router is: from text to weights over clusters. The same object shards a corpus and weighs the ensemble.
 
-Saved as a directory: `router.json` (what and for which clusters) and `router.safetensors` (the numbers). Experts are
-bound to rows by cluster id, never by order of files.
+A kind of router is a subclass of `Router`, registered by its `kind`. It says how a context begins and grows, and what
+weights contexts have; the rest follows. Saved as a directory: `router.json` (format, kind, and for which clusters) and
+`router.safetensors` (the numbers). Experts are bound to a router's columns by cluster id, never by order of files.
 """
 
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, ClassVar, Protocol, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from cbtm_common.errors import IntegrityError, InvalidArgument
-from cbtm_common.routing.embedding import Float32, Float64, RunningText, TermEmbedding
-from cbtm_common.routing.mixture import Distance, keep_top, mixture_weights
+from cbtm_common.errors import IntegrityError
+from cbtm_common.routing.mixture import Distance, Float64
 
 FORMAT = "cbtm-router-1"
 JSON_NAME = "router.json"
 TENSORS_NAME = "router.safetensors"
 
 
-class Router(Protocol):
-    """What the ensemble needs of a router. K clusters, in the order of `cluster_ids`."""
+class RunningState(Protocol):
+    """All that a router needs to know of a text that grows at its end. Immutable: texts may branch."""
+
+    def extend(self, text: str) -> RunningState:
+        """The state with `text` after it. Its cost does not grow with what came before."""
+        ...
+
+
+class Router(ABC):
+    """K clusters, in the order of `cluster_ids`.
+
+    `temperature` (None: the router's own) and `top_k` mean the same for every kind. `distance` is of routers that have
+    one: another kind raises InvalidArgument for any but the default.
+    """
+
+    kind: ClassVar[str]
 
     @property
+    @abstractmethod
     def cluster_ids(self) -> tuple[str, ...]: ...
 
     @property
+    @abstractmethod
     def temperature(self) -> float: ...
+
+    @abstractmethod
+    def begin(self) -> RunningState:
+        """The empty context. Its weights are the clusters' prior."""
+
+    @abstractmethod
+    def running_weights(
+        self,
+        states: Sequence[RunningState],
+        *,
+        top_k: int | None = None,
+        temperature: float | None = None,
+        distance: Distance = Distance.SQUARED,
+    ) -> Float64:
+        """[N, K]: weights of the text that each state stands for. Rows sum to 1, with zeros outside the top k."""
+
+    @abstractmethod
+    def restrict(self, cluster_ids: Sequence[str]) -> Router:
+        """The router over these clusters alone, in this order: the others' weight goes to them in proportion."""
+
+    @abstractmethod
+    def save(self, directory: Path) -> None:
+        """Writes what `load` reads; see `write_about`."""
+
+    @classmethod
+    @abstractmethod
+    def load(cls, directory: Path, about: dict[str, Any]) -> Self:
+        """From a directory whose `router.json` holds `about`.
+
+        Files that do not fit together raise IntegrityError, or any of ValueError, KeyError and TypeError.
+        """
+
+    # What follows from these; a kind that can do better does.
 
     def weights(
         self,
@@ -40,8 +90,9 @@ class Router(Protocol):
         temperature: float | None = None,
         distance: Distance = Distance.SQUARED,
     ) -> Float64:
-        """[N, K], rows sum to 1, zeros outside the top k."""
-        ...
+        """[N, K]: weights of whole texts."""
+        states = [self.begin().extend(text) for text in texts]
+        return self.running_weights(states, top_k=top_k, temperature=temperature, distance=distance)
 
     def prefix_weights(
         self,
@@ -53,210 +104,49 @@ class Router(Protocol):
         distance: Distance = Distance.SQUARED,
     ) -> Float64:
         """[T, K]: row t is `weights([text[:ends[t]]])`, for all t in one pass. `ends` must not descend."""
-        ...
-
-    def start(self) -> RunningText:
-        """The empty context, to be grown by `advance`."""
-        ...
-
-    def advance(self, running: RunningText, text: str) -> RunningText:
-        """The context with `text` after it. Does not change `running`."""
-        ...
-
-    def running_weights(
-        self,
-        running: Sequence[RunningText],
-        *,
-        top_k: int | None = None,
-        temperature: float | None = None,
-        distance: Distance = Distance.SQUARED,
-    ) -> Float64:
-        """[N, K]: row i is `weights` of the text that `running[i]` stands for, at the cost of its last word."""
-        ...
-
-    def restrict(self, cluster_ids: Sequence[str]) -> Router:
-        """The router over these clusters alone, in this order: the others' weight goes to them in proportion."""
-        ...
-
-    def save(self, directory: Path) -> None: ...
-
-
-class CentroidRouter:
-    """c-BTM's router: weights from the distance of the context's embedding to each centroid.
-
-    `centroids` [K, d]; `prior` [K] is each cluster's share of the training tokens, and answers for a context with no
-    known term (the empty one above all), where distances would only compare the centroids' norms.
-    """
-
-    def __init__(
-        self,
-        *,
-        cluster_ids: Sequence[str],
-        embedding: TermEmbedding,
-        centroids: Float32,
-        prior: Float32,
-        temperature: float = 0.1,
-    ) -> None:
-        if centroids.shape != (len(cluster_ids), embedding.dimensions) or prior.shape != (len(cluster_ids),):
-            raise IntegrityError(
-                f"router: {len(cluster_ids)} clusters, centroids {centroids.shape}, prior {prior.shape}, "
-                f"{embedding.dimensions} dimensions do not fit together"
-            )
-        self._cluster_ids = tuple(cluster_ids)
-        self.embedding = embedding
-        self.centroids = centroids
-        self.prior = prior
-        self._temperature = temperature
-
-    @property
-    def cluster_ids(self) -> tuple[str, ...]:
-        return self._cluster_ids
-
-    @property
-    def temperature(self) -> float:
-        return self._temperature
+        states, state, at = [], self.begin(), 0
+        for end in ends:
+            if end < at:
+                raise ValueError("ends must not descend")
+            if end > at:
+                state, at = state.extend(text[at:end]), end
+            states.append(state)
+        return self.running_weights(states, top_k=top_k, temperature=temperature, distance=distance)
 
     def assign(self, texts: Sequence[str]) -> npt.NDArray[np.int64]:
-        """Index of the nearest centroid for each text, [N]: how documents are sharded."""
-        nearest: npt.NDArray[np.int64] = self._weights_of(
-            self.embedding.embed(texts), 1, None, Distance.SQUARED
-        ).argmax(axis=1)
+        """Index of the heaviest cluster for each text, [N]: how documents are sharded."""
+        nearest: npt.NDArray[np.int64] = self.weights(texts, top_k=1).argmax(axis=1)
         return nearest
 
-    def weights(
-        self,
-        texts: Sequence[str],
-        *,
-        top_k: int | None = None,
-        temperature: float | None = None,
-        distance: Distance = Distance.SQUARED,
-    ) -> Float64:
-        return self._weights_of(self.embedding.embed(texts), top_k, temperature, distance)
-
-    def prefix_weights(
-        self,
-        text: str,
-        ends: Sequence[int],
-        *,
-        top_k: int | None = None,
-        temperature: float | None = None,
-        distance: Distance = Distance.SQUARED,
-    ) -> Float64:
-        return self._weights_of(self.embedding.embed_prefixes(text, ends), top_k, temperature, distance)
-
-    def start(self) -> RunningText:
-        return self.embedding.start()
-
-    def advance(self, running: RunningText, text: str) -> RunningText:
-        return self.embedding.advance(running, text)
-
-    def running_weights(
-        self,
-        running: Sequence[RunningText],
-        *,
-        top_k: int | None = None,
-        temperature: float | None = None,
-        distance: Distance = Distance.SQUARED,
-    ) -> Float64:
-        return self._weights_of(self.embedding.embed_running(running), top_k, temperature, distance)
-
-    def restrict(self, cluster_ids: Sequence[str]) -> Self:
-        """Raises InvalidArgument for a cluster that this router does not know."""
-        unknown = sorted(set(cluster_ids) - set(self._cluster_ids))
-        if unknown or not cluster_ids:
-            raise InvalidArgument(f"cluster_ids: the router knows no cluster {', '.join(unknown) or '(none given)'}")
-        rows = [self._cluster_ids.index(cluster_id) for cluster_id in cluster_ids]
-        prior = self.prior[rows].astype(np.float64)
-        total = prior.sum()
-        return type(self)(
-            cluster_ids=cluster_ids,
-            embedding=self.embedding,
-            centroids=self.centroids[rows],
-            prior=(prior / total if total > 0 else np.full(len(rows), 1 / len(rows))).astype(np.float32),
-            temperature=self._temperature,
-        )
-
-    def squared_distances(self, embedded: Float64) -> Float64:
-        """‖h - c_j‖² for unit rows h: [N, d] to [N, K]."""
-        centroids = self.centroids.astype(np.float64)
-        cross = embedded @ centroids.T
-        lengths = (embedded**2).sum(axis=1, keepdims=True)
-        squared: Float64 = np.maximum(lengths - 2 * cross + (centroids**2).sum(axis=1), 0.0)
-        return squared
-
-    def _weights_of(
-        self, embedded: Float64, top_k: int | None, temperature: float | None, distance: Distance
-    ) -> Float64:
-        result = mixture_weights(
-            self.squared_distances(embedded),
-            temperature=temperature or self._temperature,
-            top_k=top_k,
-            distance=distance,
-        )
-        unknown = ~embedded.any(axis=1)
-        if unknown.any():
-            result[unknown] = keep_top(self.prior.astype(np.float64)[None], top_k)
-        return result
-
-    def save(self, directory: Path) -> None:
-        from safetensors.numpy import save_file
-
+    def write_about(self, directory: Path, fields: dict[str, Any]) -> None:
+        """`router.json` in `directory`, which is made: what `load_router` needs, and `fields` of this kind."""
         directory.mkdir(parents=True, exist_ok=True)
-        about = {
-            "format": FORMAT,
-            "kind": "centroid",
-            "cluster_ids": list(self._cluster_ids),
-            "dimensions": self.embedding.dimensions,
-            "temperature": self._temperature,
-            "terms": list(self.embedding.terms),
-        }
+        about = {"format": FORMAT, "kind": self.kind, "cluster_ids": list(self.cluster_ids), **fields}
         (directory / JSON_NAME).write_text(json.dumps(about, ensure_ascii=False, indent=None), "utf-8")
-        save_file(
-            {"projection": self.embedding.projection, "centroids": self.centroids, "prior": self.prior},
-            str(directory / TENSORS_NAME),
-        )
-
-    @classmethod
-    def load(cls, directory: Path, about: dict[str, Any]) -> CentroidRouter:
-        from safetensors.numpy import load_file
-
-        tensors = load_file(str(directory / TENSORS_NAME))
-        _check_saved(directory, about, tensors)
-        return cls(
-            cluster_ids=about["cluster_ids"],
-            embedding=TermEmbedding(about["terms"], tensors["projection"]),
-            centroids=tensors["centroids"],
-            prior=tensors["prior"],
-            temperature=float(about["temperature"]),
-        )
 
 
-def _check_saved(directory: Path, about: dict[str, Any], tensors: dict[str, npt.NDArray[Any]]) -> None:
-    """What the constructor takes for granted, of files that came from elsewhere. Raises IntegrityError."""
-    for name in ("terms", "cluster_ids"):
-        listed = about[name]
-        if not (isinstance(listed, list) and all(isinstance(item, str) for item in listed)):
-            raise IntegrityError(f"{directory}: {name} is not a list of names")
-        if len(set(listed)) != len(listed):
-            raise IntegrityError(f"{directory}: a name appears twice in {name}")
-    if not 0 < float(about["temperature"]) < float("inf"):
-        raise IntegrityError(f"{directory}: temperature {about['temperature']} is not above 0")
-    for name, rank in (("projection", 2), ("centroids", 2), ("prior", 1)):
-        tensor = tensors[name]
-        if tensor.ndim != rank or tensor.dtype != np.float32 or not np.isfinite(tensor).all():
-            raise IntegrityError(f"{directory}: {name} is not {rank}-dimensional float32 of finite numbers")
-    if (tensors["prior"] < 0).any() or not tensors["prior"].sum() > 0:
-        raise IntegrityError(f"{directory}: prior is not a distribution")
+R = TypeVar("R", bound=Router)
+_KINDS: dict[str, type[Router]] = {}
 
 
-def load_router(directory: Path) -> CentroidRouter:
-    """The router saved in `directory`. Raises IntegrityError when it is not one or is damaged."""
+def register_router(router: type[R]) -> type[R]:
+    """Class decorator: `load_router` reads what a router of this `kind` has saved."""
+    if _KINDS.setdefault(router.kind, router) is not router:
+        raise ValueError(f"two kinds of router are named {router.kind!r}")
+    return router
+
+
+def load_router(directory: Path) -> Router:
+    """The router saved in `directory`. Raises IntegrityError when it is not one, of no known kind, or damaged."""
     from safetensors import SafetensorError
 
     try:
         about = json.loads((directory / JSON_NAME).read_text("utf-8"))
-        if about["format"] != FORMAT or about["kind"] != "centroid":
-            raise IntegrityError(f"{directory}: a router of format {about['format']!r}, kind {about['kind']!r}")
-        return CentroidRouter.load(directory, about)
+        if about["format"] != FORMAT or about["kind"] not in _KINDS:
+            raise IntegrityError(
+                f"{directory}: a router of format {about['format']!r}, kind {about['kind']!r}; this version of cbtm "
+                f"knows {FORMAT!r}, {', '.join(map(repr, sorted(_KINDS)))}"
+            )
+        return _KINDS[about["kind"]].load(directory, about)
     except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
         raise IntegrityError(f"{directory}: no readable router: {error!r}") from error

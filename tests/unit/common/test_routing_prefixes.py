@@ -55,15 +55,15 @@ def test_every_prefix_weighs_as_it_does_alone(text: str) -> None:
 @settings(max_examples=30, deadline=None)
 def test_a_text_that_grows_in_pieces_weighs_as_the_whole(text: str, cuts: list[int]) -> None:
     places = sorted({0, len(text), *(min(cut, len(text)) for cut in cuts)})
-    running = ROUTER.start()
+    running = ROUTER.begin()
     for start, end in pairwise(places):
-        running = ROUTER.advance(running, text[start:end])
+        running = running.extend(text[start:end])
     np.testing.assert_allclose(ROUTER.running_weights([running]), ROUTER.weights([text]), atol=1e-6)
 
 
 def test_a_text_that_branches_leaves_the_other_branch_as_it_was() -> None:
-    stem = ROUTER.advance(ROUTER.start(), "the ship")
-    wreck, plain = ROUTER.advance(stem, "wreck at sea"), ROUTER.advance(stem, " at sea")
+    stem = ROUTER.begin().extend("the ship")
+    wreck, plain = stem.extend("wreck at sea"), stem.extend(" at sea")
     together = ROUTER.running_weights([stem, wreck, plain])
     alone = ROUTER.weights(["the ship", "the shipwreck at sea", "the ship at sea"])
     np.testing.assert_allclose(together, alone, atol=1e-6)
