@@ -2,10 +2,11 @@
 PY := .venv/bin/python
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 PYTHON ?= python3
+SECONDS ?= 600
 # Without their caches the tests spend a third of their time on compiling themselves.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup demo test unit check format protos clean
+.PHONY: setup demo chaos test unit check format protos clean
 .NOTPARALLEL:
 
 setup: .venv/.setup-stamp
@@ -18,6 +19,9 @@ setup: .venv/.setup-stamp
 
 demo: setup
 	$(PY) -m examples.demo --out demo-out
+
+chaos: setup
+	$(PY) -m tests.chaos --seconds $(SECONDS) $(if $(SEED),--seed $(SEED))
 
 test: setup
 	$(PY) -m pytest tests

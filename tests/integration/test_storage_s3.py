@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import uuid
 from datetime import timedelta
@@ -10,7 +11,8 @@ from urllib.parse import parse_qsl, urlsplit
 import pytest
 
 from cbtm_common.errors import IntegrityError, InvalidArgument, PermissionDenied, Unavailable
-from cbtm_coordinator.storage import S3Config, S3Store, StorageConfig, open_object_store
+from cbtm_common.files import FileSpec
+from cbtm_coordinator.storage import S3Config, S3Store, StorageConfig, open_object_store, prepare_upload, verify
 from tests.support.objects import Backend, ObjectStoreContract
 from tests.support.seaweed import Seaweed, seaweed
 
@@ -127,3 +129,33 @@ def test_length_and_digest_are_part_of_the_signature_and_urls_are_for_the_public
 def test_urls_of_virtual_hosts_name_the_bucket_in_the_host(config: S3Config) -> None:
     store = S3Store(S3Config(bucket="bucket", endpoint_url="https://s3.example", path_style=False))
     assert store.sign_get("k", ttl=timedelta(minutes=5)).url.startswith("https://bucket.s3.example/k?")
+
+
+@pytest.mark.parametrize(
+    "cut",
+    [
+        pytest.param({}, id="before-the-length"),
+        pytest.param({"ContentLength": 1}, id="in-the-length"),
+        pytest.param({"ContentLength": 10, "ChecksumSHA256": "47DEQpj8HBSa"}, id="in-the-digest-at-four"),
+        pytest.param({"ContentLength": 10, "ChecksumSHA256": "47DEQpj8H"}, id="in-the-digest"),
+    ],
+)
+def test_an_answer_that_a_broken_connection_cut_short_deletes_no_good_object(
+    config: S3Config, monkeypatch: pytest.MonkeyPatch, cut: dict[str, object]
+) -> None:
+    store, data = S3Store(config), b"0123456789"
+    file = FileSpec(path="x", key="runs/x", size=len(data), sha256=hashlib.sha256(data).hexdigest())
+    store.put_bytes(file.key, data)
+    verify(store, file)
+    heads, real = [cut], store._call
+    monkeypatch.setattr(
+        store, "_call", lambda name, **given: heads.pop() if heads and name == "head_object" else real(name, **given)
+    )
+    # Either it says that it could not find out, or it finds out.
+    with contextlib.suppress(Unavailable):
+        verify(store, file)
+    assert not heads
+    heads.append(cut)
+    with contextlib.suppress(Unavailable):
+        assert prepare_upload(store, file, ttl=timedelta(minutes=1), replace=True).stored
+    assert store.stat(file.key) is not None

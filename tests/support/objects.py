@@ -269,7 +269,7 @@ class ObjectStoreContract:
     ) -> None:
         file = make_file(tmp_path / "big", 3 * PART + 77)
         rates = FaultRates(error=0.4, cut_request=0.5, truncate=0.02)
-        with FaultProxy(target_port=backend.port, seed=5, rates=rates) as proxy:
+        with FaultProxy(backend.port, seed=5, rates=rates) as proxy:
             store = backend.store_through(proxy.port)
             base_url = f"http://127.0.0.1:{proxy.port}"
             with Transfer(base_url=base_url, timeout=20, policy=STUBBORN) as transfer:

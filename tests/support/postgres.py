@@ -12,7 +12,7 @@ import shutil
 import socket
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +26,8 @@ _PASSWORD = "of-a-test"
 @dataclass(frozen=True, kw_only=True)
 class PostgresServer:
     port: int
+    # Stops it as a crash would, every connection cut and nothing flushed, and starts it again.
+    crash: Callable[[], None]
 
     def url(self, database: str = "postgres") -> str:
         return f"postgresql://coordinator:{_PASSWORD}@127.0.0.1:{self.port}/{database}"
@@ -73,12 +75,23 @@ def running_postgres(*, durable: bool = False) -> Iterator[PostgresServer]:
         init = ["-D", str(data), "-U", "coordinator", f"--pwfile={password_file}", "-A", "scram-sha-256"]
         locale = ["-E", "UTF8", "--locale=C.UTF-8", "--no-sync"]
         subprocess.run([*as_nobody, _program("initdb"), *init, *locale], **run)  # type: ignore[call-overload]
-        log = str(folder / "log")
         control = [*as_nobody, _program("pg_ctl"), "-D", str(data)]
-        subprocess.run([*control, "-w", "-l", log, "-o", options, "start"], **run)  # type: ignore[call-overload]
-        try:
-            yield PostgresServer(port=port)
-        finally:
+
+        def start() -> None:
+            log = str(folder / "log")
+            subprocess.run([*control, "-w", "-l", log, "-o", options, "start"], **run)  # type: ignore[call-overload]
+
+        def stop() -> None:
             subprocess.run([*control, "-m", "immediate", "stop"], **run)  # type: ignore[call-overload]
+
+        def crash() -> None:
+            stop()
+            start()
+
+        start()
+        try:
+            yield PostgresServer(port=port, crash=crash)
+        finally:
+            stop()
     finally:
         shutil.rmtree(folder)

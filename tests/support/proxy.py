@@ -1,4 +1,4 @@
-"""A TCP proxy that fails on purpose, to stand before an object store.
+"""A TCP proxy that fails on purpose, to stand before an object store or before coordinators.
 
 Each fault is drawn from a seeded generator and counted by kind:
 
@@ -6,6 +6,9 @@ Each fault is drawn from a seeded generator and counted by kind:
 - `cut_request`: the connection is reset after some bytes of the request went through;
 - `truncate`: the connection is closed after some bytes of the answer;
 - `slow`: the answer is held to a trickle for a while.
+
+And, told to: `cut` resets all its connections; while it is `closed` it takes none. Of several targets each connection
+gets one that answers, at random.
 
 The proxy forwards bytes unchanged otherwise, `Host` included, so signatures made for its address stay valid.
 """
@@ -37,18 +40,19 @@ _CHUNK = 1 << 16
 
 
 class FaultProxy:
-    """Listens on a loopback port of its own and forwards to `target_port`; a context manager."""
+    """Listens on a loopback port of its own and forwards to `target_ports`; a context manager."""
 
-    def __init__(self, *, target_port: int, seed: int, rates: FaultRates | None = None) -> None:
-        self.target_port = target_port
+    def __init__(self, *target_ports: int, seed: int, rates: FaultRates | None = None) -> None:
+        self.target_ports = target_ports
         self.rates = rates or FaultRates()
+        self.closed = False
         self.injected: Counter[str] = Counter()
         self.port = 0
         self._random = random.Random(seed)
         self._loop = asyncio.new_event_loop()
         self._ready = threading.Event()
         self._thread = threading.Thread(target=self._run, name="fault-proxy", daemon=True)
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._writers: set[asyncio.StreamWriter] = set()
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -75,6 +79,15 @@ class FaultProxy:
         self._loop.run_until_complete(server.wait_closed())
         self._loop.close()
 
+    def cut(self) -> None:
+        """Resets every connection."""
+
+        def abort() -> None:
+            for writer in self._writers:
+                writer.transport.abort()
+
+        self._loop.call_soon_threadsafe(abort)
+
     def _draw(self, kind: str, probability: float) -> bool:
         if self._random.random() >= probability:
             return False
@@ -83,8 +96,11 @@ class FaultProxy:
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         rates = self.rates
+        self._writers.add(writer)
         try:
-            if self._draw("error", rates.error):
+            if self.closed:
+                writer.transport.abort()
+            elif self._draw("error", rates.error):
                 await reader.read(_CHUNK)
                 writer.write(_RESPONSE_503)
                 await writer.drain()
@@ -94,10 +110,19 @@ class FaultProxy:
             # A peer went away, or the proxy ends: nobody is left to be told.
             pass
         finally:
+            self._writers.discard(writer)
             await _close(writer)
 
+    async def _connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """To a target that answers; ConnectionRefusedError when none does."""
+        ports = self._random.sample(self.target_ports, len(self.target_ports))
+        for port in ports[:-1]:
+            with contextlib.suppress(ConnectionRefusedError):
+                return await asyncio.open_connection("127.0.0.1", port)
+        return await asyncio.open_connection("127.0.0.1", ports[-1])
+
     async def _forward(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, rates: FaultRates) -> None:
-        up_reader, up_writer = await asyncio.open_connection("127.0.0.1", self.target_port)
+        up_reader, up_writer = await self._connect()
         limit = self._random.randrange(1, 1 << 20) if self._draw("cut_request", rates.cut_request) else None
         sending = asyncio.ensure_future(self._pump(reader, up_writer, limit=limit))
         answering = asyncio.ensure_future(self._answer(up_reader, writer, rates))

@@ -26,6 +26,7 @@ _READY_SECONDS = 60.0
 @dataclass(frozen=True, kw_only=True)
 class Seaweed:
     port: int
+    pid: int
     access_key: str
     secret_key: str
 
@@ -65,8 +66,8 @@ def seaweed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seaweed]:
 def seaweed_server(folder: Path) -> Iterator[Seaweed]:
     """Started and answering; killed at the end (a polite stop takes it 15 seconds)."""
     base = _free_ports()
-    server = Seaweed(port=base + 3, access_key="test", secret_key="test-secret-key")
-    credentials = [{"accessKey": server.access_key, "secretKey": server.secret_key}]
+    access_key, secret_key = "test", "test-secret-key"
+    credentials = [{"accessKey": access_key, "secretKey": secret_key}]
     actions = ["Admin", "Read", "Write", "List", "Tagging"]
     config = folder / "s3.json"
     config.write_text(json.dumps({"identities": [{"name": "test", "credentials": credentials, "actions": actions}]}))
@@ -97,6 +98,7 @@ def seaweed_server(folder: Path) -> Iterator[Seaweed]:
     ]
     with (folder / "weed.log").open("wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=folder)
+        server = Seaweed(port=base + 3, pid=process.pid, access_key=access_key, secret_key=secret_key)
         try:
             _wait_until_ready(server, process, folder / "weed.log")
             yield server

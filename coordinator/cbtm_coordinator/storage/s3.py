@@ -10,6 +10,7 @@ registry is what makes a checkpoint visible.
 from __future__ import annotations
 
 import base64
+import binascii
 import hashlib
 import math
 import threading
@@ -118,13 +119,21 @@ class S3Store:
             head = self._call("head_object", Key=self._key(key), ChecksumMode="ENABLED")
         except NotFound:
             return None
-        size = int(head["ContentLength"])
+        size = head.get("ContentLength")
+        if size is None:
+            raise Unavailable(f"the object store broke off what it told of {key}")
         # A checksum of the parts' checksums ends in "-<parts>", and has another type.
         checksum = str(head.get("ChecksumSHA256", ""))
         whole = checksum and "-" not in checksum and head.get("ChecksumType", "FULL_OBJECT") == "FULL_OBJECT"
         if not whole or not self._vouches():
             return ObjectStat(size=size)
-        return ObjectStat(size=size, sha256=base64.b64decode(checksum).hex())
+        try:
+            digest = base64.b64decode(checksum, validate=True)
+        except binascii.Error:
+            digest = b""
+        if len(digest) != hashlib.sha256().digest_size:
+            raise Unavailable(f"the object store broke off what it told of {key}")
+        return ObjectStat(size=size, sha256=digest.hex())
 
     def read(self, key: str) -> Iterator[bytes]:
         from botocore.exceptions import BotoCoreError

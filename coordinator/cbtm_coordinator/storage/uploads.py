@@ -13,6 +13,7 @@ from cbtm_common.errors import AlreadyExists, NotFound
 from cbtm_common.faults import point
 from cbtm_common.files import FileSpec
 from cbtm_coordinator.storage.base import PART_SIZE, ObjectStore, Part, part_sizes
+from cbtm_coordinator.storage.verify import look
 
 
 def prepare_download(store: ObjectStore, file: FileSpec, *, ttl: timedelta) -> pb.Download:
@@ -30,7 +31,7 @@ def prepare_upload(
     visible refers to).
     """
     upload = pb.Upload(file=file.to_proto())
-    stat = store.stat(file.key)
+    stat = look(store, file)
     if stat is not None:
         if stat.size == file.size and stat.sha256 in (None, file.sha256):
             upload.stored = True

@@ -6,7 +6,7 @@ import hashlib
 
 from cbtm_common.errors import IntegrityError, NotFound
 from cbtm_common.files import FileSpec
-from cbtm_coordinator.storage.base import ObjectStore
+from cbtm_coordinator.storage.base import ObjectStat, ObjectStore
 
 
 def verify(store: ObjectStore, file: FileSpec) -> None:
@@ -16,7 +16,7 @@ def verify(store: ObjectStore, file: FileSpec) -> None:
     the object is read back, as fast as the store sends it. Raises NotFound or IntegrityError, with the path and the
     key in the message.
     """
-    stat = store.stat(file.key)
+    stat = look(store, file)
     if stat is None:
         raise NotFound(f"{file.path}: nothing is stored under {file.key}", metadata={"key": file.key})
     if stat.size != file.size:
@@ -24,6 +24,16 @@ def verify(store: ObjectStore, file: FileSpec) -> None:
     found = stat.sha256 or _read_digest(store, file)
     if found != file.sha256:
         raise _wrong(file, f"the SHA-256 of what is stored is {found}, not {file.sha256}")
+
+
+def look(store: ObjectStore, file: FileSpec) -> ObjectStat | None:
+    """What is stored where `file` belongs. Looks twice before it says that it is something else: objects are deleted
+    for that, and the first answer may have been cut short by a broken connection.
+    """
+    stat = store.stat(file.key)
+    if stat is None or (stat.size == file.size and stat.sha256 in (None, file.sha256)):
+        return stat
+    return store.stat(file.key)
 
 
 def _read_digest(store: ObjectStore, file: FileSpec) -> str:
