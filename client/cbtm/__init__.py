@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from cbtm._evaluate import Evaluation, evaluate, evaluate_run
     from cbtm._merge import MergeMethod, merge
     from cbtm._model import CbtmForCausalLM
-    from cbtm._parts import ClusterInfo
+    from cbtm._parts import ClusterInfo, ExpertChanges
     from cbtm._results import ClusterWeight, Generation, HeldOutDocument, PerplexityResult, Routing, Score
     from cbtm._routing import Policy, RoutingOptions
     from cbtm_common.errors import (
@@ -50,6 +50,7 @@ _HOME = {
     "Distance": "cbtm_common.routing",
     "Ensemble": "cbtm._ensemble",
     "Evaluation": "cbtm._evaluate",
+    "ExpertChanges": "cbtm._parts",
     "Generation": "cbtm._results",
     "HeldOutDocument": "cbtm._results",
     "IntegrityError": "cbtm_common.errors",
@@ -82,6 +83,7 @@ __all__ = [
     "Distance",
     "Ensemble",
     "Evaluation",
+    "ExpertChanges",
     "Generation",
     "HeldOutDocument",
     "IntegrityError",

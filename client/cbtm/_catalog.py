@@ -34,7 +34,7 @@ from cbtm_common.transfer import Transfer
 _PAGE = 200
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, eq=False)
 class CatalogSource:
     """A model of a run; its files are fetched when first asked for."""
 
@@ -77,6 +77,7 @@ class Catalog:
         self._cache: ContentCache | None = None
         self._transfer = Transfer(base_url=lambda: self._connection.http_base)
         self._lock = threading.Lock()
+        self._sources: dict[str, CatalogSource] = {}
         try:
             self.run: pb.Run = self._connection.catalog.GetRun(cs.GetRunRequest(run=run)).run
             self._cache = ContentCache(directory / "files")
@@ -111,6 +112,7 @@ class Catalog:
         clusters = sorted(self._clusters(), key=lambda cluster: cluster.index)
         experts, seed = self._experts()
         if not experts:
+            self.run = self._connection.catalog.GetRun(cs.GetRunRequest(run=self.run.id)).run
             state = pb.RunState.Name(self.run.state).removeprefix("RUN_STATE_")
             raise InvalidState(
                 f"run {self.run.name}: 0 of {self.run.cluster_count} experts are finished (the run is {state}); "
@@ -118,7 +120,7 @@ class Catalog:
             )
         files = self._connection.catalog.GetRunFiles(cs.GetRunFilesRequest(run=self.run.id))
         if seed is None and files.base_model_files:
-            seed = CatalogSource(name="seed", catalog=self, place="base", files=_specs(files.base_model_files))
+            seed = self._source("seed", "base", files.base_model_files)
         return EnsembleParts(
             run_id=self.run.id,
             run_name=self.run.name,
@@ -129,6 +131,7 @@ class Catalog:
             seed=seed,
             recipe=Recipe.from_json(self.run.recipe_json),
             close=self.close,
+            reload=self.parts,
         )
 
     def baselines(self) -> list[pb.Run]:
@@ -190,17 +193,21 @@ class Catalog:
         seed: ExpertSource | None = None
         for page in _pages(page_at):
             for expert in page.experts:
-                source = CatalogSource(
-                    name=f"expert {expert.cluster_index}" if expert.cluster_id else "seed",
-                    catalog=self,
-                    place=expert.id,
-                    files=_specs(expert.files),
-                )
+                name = f"expert {expert.cluster_index}" if expert.cluster_id else "seed"
+                source = self._source(name, expert.id, expert.files)
                 if expert.cluster_id:
                     experts[expert.cluster_id] = source
                 else:
                     seed = source
         return experts, seed
+
+    def _source(self, name: str, place: str, files: Sequence[pb.FileSpec]) -> CatalogSource:
+        """The same object each time, as long as its files are the same."""
+        specs = _specs(files)
+        source = self._sources.get(place)
+        if source is None or list(source.files) != specs:
+            source = self._sources[place] = CatalogSource(name=name, catalog=self, place=place, files=specs)
+        return source
 
     def _router(self, clusters: Sequence[pb.Cluster], files: Sequence[FileSpec]) -> Router:
         if len(clusters) == 1:

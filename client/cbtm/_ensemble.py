@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, overload
@@ -16,14 +17,15 @@ import numpy as np
 
 from cbtm._decoder import MixtureDecoder
 from cbtm._folder import load_parts, save_parts
-from cbtm._forward import position_log_probs
+from cbtm._forward import TokenBatch, batch_log_probs
 from cbtm._generate import GenerateOptions, generate
-from cbtm._parts import ClusterInfo, EnsembleParts
-from cbtm._residency import ExpertPool, Placement
+from cbtm._members import Members, TopK, assemble, first_routing, renewed
+from cbtm._parts import ClusterInfo, EnsembleParts, ExpertChanges
+from cbtm._residency import ExpertPool, Placement, Residency
 from cbtm._results import ClusterWeight, Generation, PerplexityResult, Routing, Score, perplexity_of
-from cbtm._routing import ContextRouter, Policy, RoutingOptions, fixed_weights
+from cbtm._routing import ContextRouter, Policy, RoutingChange, RoutingOptions
 from cbtm._scoring import TokenSequence, mixture_scores
-from cbtm._text import detokenizer_of
+from cbtm._tokens import TextCodec
 from cbtm_common.errors import InvalidArgument, InvalidState
 from cbtm_common.routing import Distance
 
@@ -31,7 +33,6 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
-TopK = int | Literal["all"] | None
 # One text, or several.
 Texts = str | list[str] | tuple[str, ...]
 
@@ -48,19 +49,14 @@ class Ensemble:
     - `top_k`: experts mixed at each token; "all" for every one. Default: the run's.
     - `temperature`: T of Eq. 2. Default: the run's.
     - `device` ("cpu", "cuda:0", …), `dtype` ("float32", "bfloat16", …; default as stored).
-    - `max_experts`, `max_bytes`: what may be in memory; default no limit.
+    - `max_experts`, `max_bytes`: what may be in memory; default no limit. `max_memory`: bytes for each device, as in
+      transformers; `device_map`: "auto" for all GPUs, or devices by expert. See `cbtm._residency.Placement`.
     """
 
-    def __init__(self, parts: EnsembleParts, *, pool: ExpertPool, routing: RoutingOptions) -> None:
-        self._parts = parts
-        self._pool = pool
-        self._clusters = parts.present
-        self._tokenizer = _load_tokenizer(parts.tokenizer_dir)
-        self._check_tokenizer()
-        self._detokenizer = detokenizer_of(self._tokenizer)
-        self._start_id = _start_id(self._tokenizer)
-        router = parts.router.restrict([cluster.id for cluster in self._clusters])
-        self._router = ContextRouter(router, self._detokenizer, routing.check(len(self._clusters)))
+    def __init__(self, members: Members, *, top_k: TopK) -> None:
+        # Replaced in one assignment by `refresh`, so that a call sees either all of the old or all of the new.
+        self._members = members
+        self._asked_top_k = top_k
 
     # Where it comes from, and where it goes
 
@@ -78,6 +74,8 @@ class Ensemble:
         cache_dir: str | os.PathLike[str] | None = None,
         max_experts: int | None = None,
         max_bytes: int | None = None,
+        max_memory: Mapping[int | str, int | str] | None = None,
+        device_map: str | Mapping[str, str] | None = None,
     ) -> Self:
         """The experts that a run (name or id) has at the coordinator `target` ("host:port").
 
@@ -94,7 +92,14 @@ class Ensemble:
             token=token or os.environ.get("CBTM_TOKEN") or None,
             cache_dir=Path(cache_dir) if cache_dir is not None else None,
         )
-        placement = Placement(device=device, dtype=dtype, max_experts=max_experts, max_bytes=max_bytes)
+        placement = Placement(
+            device=device,
+            dtype=dtype,
+            max_experts=max_experts,
+            max_bytes=max_bytes,
+            max_memory=max_memory,
+            device_map=device_map,
+        )
         try:
             return cls._of(catalog.parts(), placement, top_k=top_k, temperature=temperature)
         except BaseException:
@@ -112,22 +117,44 @@ class Ensemble:
         dtype: str | None = None,
         max_experts: int | None = None,
         max_bytes: int | None = None,
+        max_memory: Mapping[int | str, int | str] | None = None,
+        device_map: str | Mapping[str, str] | None = None,
     ) -> Self:
         """An ensemble that `save` wrote; needs no coordinator. Raises NotFound, IntegrityError, InvalidArgument."""
-        placement = Placement(device=device, dtype=dtype, max_experts=max_experts, max_bytes=max_bytes)
+        placement = Placement(
+            device=device,
+            dtype=dtype,
+            max_experts=max_experts,
+            max_bytes=max_bytes,
+            max_memory=max_memory,
+            device_map=device_map,
+        )
         return cls._of(load_parts(Path(path)), placement, top_k=top_k, temperature=temperature)
 
     @classmethod
     def _of(cls, parts: EnsembleParts, placement: Placement, *, top_k: TopK, temperature: float | None) -> Self:
-        if not parts.present:
-            raise InvalidState(f"the ensemble of run {parts.run_name} holds no expert")
-        pool = ExpertPool([parts.experts[cluster.id] for cluster in parts.present], placement)
-        default = parts.recipe.routing
-        routing = RoutingOptions(
-            top_k=min(default.top_k, len(pool)) if top_k is None else None if top_k == "all" else top_k,
-            temperature=default.temperature if temperature is None else temperature,
-        )
-        return cls(parts, pool=pool, routing=routing)
+        routing = first_routing(parts, top_k=top_k, temperature=temperature)
+        members = assemble(parts, Residency(placement), TextCodec(parts.tokenizer_dir), routing)
+        return cls(members, top_k=top_k)
+
+    def refresh(self) -> ExpertChanges:
+        """Takes up experts that the run has accepted since, and drops those withdrawn; what changed, by cluster.
+
+        All at once or, when anything fails, not at all: then the ensemble is as it was. A top k larger than the
+        experts that are left is as many as there are. Generation that goes on meanwhile, and views made by
+        `with_routing`, keep the experts they began with. Raises InvalidState when no expert is left, or when the
+        ensemble is a folder's, which does not change; Unavailable when the coordinator does not answer.
+        """
+        old = self._members
+        if old.parts.reload is None:
+            raise InvalidState(
+                "refresh: this ensemble is a folder's, which does not change; open the run with from_coordinator"
+            )
+        new, changes = renewed(old, old.parts.reload(), asked=self._asked_top_k)
+        self._members = new
+        for cluster_id in (*changes.removed, *changes.replaced):
+            old.pool.residency.drop(old.parts.experts[cluster_id])
+        return changes
 
     def save(
         self,
@@ -142,7 +169,7 @@ class Ensemble:
         `report` is told of each model as it is written; `extra` are more text files by name, for the top of the
         folder. Raises AlreadyExists when something is at `path`.
         """
-        save_parts(self._parts, Path(path), self.routing, overwrite=overwrite, report=report, extra=extra or {})
+        save_parts(self.parts, Path(path), self.routing, overwrite=overwrite, report=report, extra=extra or {})
 
     def with_routing(
         self,
@@ -153,30 +180,28 @@ class Ensemble:
         weights: Mapping[str, float] | Sequence[float] | None = None,
         distance: Distance | Literal["squared", "quartic"] | None = None,
     ) -> Ensemble:
-        """The same experts (shared, not loaded again) with other routing; what is not given stays.
+        """A view of the same experts (shared, not loaded again) with other routing; what is not given stays.
 
         `policy`: "prefix" routes anew at every token, "prompt" once on the prompt, "fixed" uses `weights` (by cluster
         id, or one for each expert). `distance` "quartic" is the authors' code, "squared" the paper.
         """
-        old = self._router.options
-        if policy is None:
-            chosen = Policy.FIXED if weights is not None else old.policy
-        else:
-            chosen = _enum(Policy, policy, "policy")
-        given = None if weights is None else fixed_weights(weights, [c.id for c in self._clusters])
-        routing = RoutingOptions(
-            top_k=old.top_k if top_k is None else None if top_k == "all" else top_k,
-            temperature=old.temperature if temperature is None else temperature,
-            distance=old.distance if distance is None else _enum(Distance, distance, "distance"),
-            policy=chosen,
-            weights=given if given is not None or chosen is not Policy.FIXED else old.weights,
+        members = self._members
+        router = members.router.with_options(
+            {
+                "top_k": top_k,
+                "temperature": temperature,
+                "policy": policy,
+                "weights": weights,
+                "distance": distance,
+            }
         )
-        return type(self)(self._parts, pool=self._pool, routing=routing)
+        asked = self._asked_top_k if top_k is None else top_k
+        return type(self)(replace(members, router=router), top_k=asked)
 
     def close(self) -> None:
         """Drops the experts from memory and ends the connection to the coordinator, if there is one."""
-        self._pool.clear()
-        self._parts.close()
+        self.pool.clear()
+        self.parts.close()
 
     def __enter__(self) -> Self:
         return self
@@ -185,11 +210,11 @@ class Ensemble:
         self.close()
 
     def __repr__(self) -> str:
-        options = self._router.options
+        options = self.context_router.options
         missing = f", {len(self.missing_clusters)} missing" if self.missing_clusters else ""
         return (
-            f"<cbtm.Ensemble {self._parts.run_name}: {len(self._clusters)} experts{missing}, "
-            f"top_k={options.top_k or 'all'}, temperature={options.temperature:g}, {self._pool.device}>"
+            f"<cbtm.Ensemble {self.parts.run_name}: {len(self.clusters)} experts{missing}, "
+            f"top_k={options.top_k or 'all'}, temperature={options.temperature:g}, {self.pool.device}>"
         )
 
     # What it is
@@ -197,39 +222,39 @@ class Ensemble:
     @property
     def name(self) -> str:
         """Of the run."""
-        return self._parts.run_name
+        return self.parts.run_name
 
     @property
     def clusters(self) -> tuple[ClusterInfo, ...]:
         """Those whose expert is here, in order of their index: the K of every weight vector."""
-        return self._clusters
+        return self._members.clusters
 
     @property
     def missing_clusters(self) -> tuple[str, ...]:
         """Ids of the run's clusters that have no expert (yet); weights are renormalised over the others."""
-        return tuple(cluster.id for cluster in self._parts.missing)
+        return tuple(cluster.id for cluster in self.parts.missing)
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        return self._tokenizer
+        return self._members.codec.tokenizer
 
     @property
     def routing(self) -> RoutingOptions:
-        return self._router.options
+        return self.context_router.options
 
     @property
     def context_router(self) -> ContextRouter:
         """From token ids to weights."""
-        return self._router
+        return self._members.router
 
     @property
     def pool(self) -> ExpertPool:
         """The experts in memory, and how many loads that took."""
-        return self._pool
+        return self._members.pool
 
     @property
     def parts(self) -> EnsembleParts:
-        return self._parts
+        return self._members.parts
 
     # What it does
 
@@ -241,14 +266,14 @@ class Ensemble:
         """The clusters that a text goes to, with the weights that its continuation would start from."""
         texts = [text] if isinstance(text, str) else list(text)
         routings = []
-        for one, weights in zip(texts, self._router.text_weights(texts) if texts else [], strict=True):
+        for one, weights in zip(texts, self.context_router.text_weights(texts) if texts else [], strict=True):
             order = sorted(np.flatnonzero(weights).tolist(), key=lambda i: (-weights[i], i))
             found = (
                 ClusterWeight(
-                    cluster_id=self._clusters[i].id,
-                    index=self._clusters[i].index,
+                    cluster_id=self.clusters[i].id,
+                    index=self.clusters[i].index,
                     weight=float(weights[i]),
-                    top_terms=self._clusters[i].top_terms,
+                    top_terms=self.clusters[i].top_terms,
                 )
                 for i in order
             )
@@ -268,9 +293,9 @@ class Ensemble:
         before = [""] * len(texts) if prompts is None else [prompts] if isinstance(prompts, str) else list(prompts)
         if len(before) != len(texts):
             raise InvalidArgument(f"prompts: {len(before)} for {len(texts)} texts", field="prompts")
-        if self._router.options.policy is Policy.PROMPT and prompts is None:
+        if self.context_router.options.policy is Policy.PROMPT and prompts is None:
             raise InvalidArgument("prompts: policy 'prompt' routes on them, so they are needed", field="prompts")
-        sequences = [self._sequence(t, prompt=p) for t, p in zip(texts, before, strict=True)]
+        sequences = [self._members.codec.sequence(t, prompt=p) for t, p in zip(texts, before, strict=True)]
         scores, _ = self._score(sequences)
         return scores[0] if isinstance(text, str) else scores
 
@@ -291,9 +316,9 @@ class Ensemble:
         numbers of models with different tokenizers do not compare.
         """
         given = [texts] if isinstance(texts, str) else list(texts)
-        if self._router.options.policy is Policy.PROMPT:
+        if self.context_router.options.policy is Policy.PROMPT:
             raise InvalidArgument("policy: 'prompt' has no prompt here; use score with prompts", field="policy")
-        sequences = [self._sequence(text) for text in given]
+        sequences = [self._members.codec.sequence(text) for text in given]
         scores, share = self._score(sequences, window=window, stride=stride, progress=progress)
         tokens = sum(len(score.token_ids) for score in scores)
         if not tokens:
@@ -304,7 +329,7 @@ class Ensemble:
             tokens=tokens,
             log_likelihood=total,
             texts=tuple(scores),
-            expert_share={c.id: float(s) for c, s in zip(self._clusters, share, strict=True)},
+            expert_share={c.id: float(s) for c, s in zip(self.clusters, share, strict=True)},
             missing_clusters=self.missing_clusters,
         )
 
@@ -320,6 +345,7 @@ class Ensemble:
         seed: int = ...,
         stop: str | Sequence[str] = ...,
         on_text: Callable[[int, str], None] | None = ...,
+        routing: RoutingChange | None = ...,
     ) -> Generation: ...
     @overload
     def generate(
@@ -333,6 +359,7 @@ class Ensemble:
         seed: int = ...,
         stop: str | Sequence[str] = ...,
         on_text: Callable[[int, str], None] | None = ...,
+        routing: RoutingChange | None = ...,
     ) -> list[Generation]: ...
     def generate(
         self,
@@ -345,15 +372,16 @@ class Ensemble:
         seed: int = 0,
         stop: str | Sequence[str] = (),
         on_text: Callable[[int, str], None] | None = None,
+        routing: RoutingChange | None = None,
     ) -> Generation | list[Generation]:
         """Continues one prompt, or many at once; greedy at `temperature` 0, else sampled.
 
         `top_p` and `top_k_tokens` bound what is sampled from; `stop` strings end a text and are left out of it.
-        `on_text(row, text)` is told of text as it comes. Raises InvalidArgument for an empty prompt and for one that
-        is longer than the experts' context.
+        `on_text(row, text)` is told of text as it comes. `routing` is of this call alone, such as
+        {"top_k": 1}. Raises InvalidArgument for an empty prompt and for one longer than the experts' context.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        limit = self._pool.context
+        codec, limit = self._members.codec, self.pool.context
         options = GenerateOptions(
             max_new_tokens=max_new_tokens,
             temperature=temperature,
@@ -361,13 +389,14 @@ class Ensemble:
             top_k_tokens=top_k_tokens,
             seed=seed,
             stop=(stop,) if isinstance(stop, str) else tuple(stop),
-            end_tokens=frozenset({self._start_id}) | _end_ids(self._tokenizer),
+            end_tokens=codec.end_ids,
             max_length=limit,
         ).check()
-        contexts = [self._prompt(text, place, limit) for place, text in enumerate(prompts)]
+        contexts = [codec.prompt(text, number=n, context=limit) for n, text in enumerate(prompts, start=1)]
         if not contexts:
             return []
-        decoder = MixtureDecoder(self._pool, self._router, contexts)
+        router = self.context_router.with_options(routing) if routing else self.context_router
+        decoder = MixtureDecoder(self.pool, router, contexts)
         results = [
             Generation(
                 prompt=text,
@@ -375,41 +404,45 @@ class Ensemble:
                 token_ids=tuple(found.token_ids),
                 finish_reason=found.finish_reason,
             )
-            for text, found in zip(prompts, generate(decoder, self._detokenizer, options, on_text=on_text), strict=True)
+            for text, found in zip(
+                prompts, generate(decoder, self._members.codec.detokenizer, options, on_text=on_text), strict=True
+            )
         ]
         return results[0] if isinstance(prompt, str) else results
 
-    def log_probs(self, input_ids: torch.Tensor | Sequence[Sequence[int]]) -> torch.Tensor:
+    def log_probs(
+        self,
+        input_ids: torch.Tensor | Sequence[Sequence[int]],
+        attention_mask: torch.Tensor | Sequence[Sequence[int]] | None = None,
+    ) -> torch.Tensor:
         """The mixture's log-probabilities, [B, T, V], float32: at [b, t], of the token after `input_ids[b, :t + 1]`.
 
         `input_ids` [B, T] is taken as it is: begin it with the end-of-text token for a text from its start. Weights at
-        t are routed on the tokens up to t. Holds B·T·V numbers; `score` does not.
+        t are routed on the tokens up to t. `attention_mask` [B, T] is 0 on padding, which may stand anywhere: a column
+        of padding repeats what stands after the last token before it, or is uniform where there is none. Holds B·T·V
+        numbers; `score` does not.
         """
         import torch
 
         ids_BT = torch.as_tensor(input_ids, dtype=torch.long)
-        if ids_BT.ndim != 2 or ids_BT.numel() == 0:
-            raise InvalidArgument(f"input_ids: a shape [B, T] is needed, not {list(ids_BT.shape)}", field="input_ids")
-        limit, vocabulary = self._pool.context, self._pool.vocabulary
-        if limit is not None and ids_BT.shape[1] > limit:
-            raise InvalidArgument(
-                f"input_ids: {ids_BT.shape[1]} tokens are more than the context of {limit}", field="input_ids"
-            )
-        if int(ids_BT.min()) < 0 or int(ids_BT.max()) >= vocabulary:
-            raise InvalidArgument(f"input_ids: ids are from 0 to {vocabulary - 1}", field="input_ids")
-        rows = ids_BT.tolist()
-        return position_log_probs(self._pool, self._router, rows, [0] * len(rows)).view(*ids_BT.shape, -1)
+        batch = TokenBatch.of(ids_BT, None if attention_mask is None else torch.as_tensor(attention_mask))
+        batch.check(self.pool)
+        return batch_log_probs(self.pool, self.context_router, batch)
 
     # Between text and tokens
 
     def sequence_of(self, token_ids: Sequence[int]) -> TokenSequence:
         """A document by its token ids, end-of-text left out, as it is scored."""
-        return TokenSequence(ids=(self._start_id, *token_ids))
+        return self._members.codec.sequence_of(token_ids)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, no special token added."""
+        return self._members.codec.encode(text)
 
     def window_and_stride(self, window: int | None = None, stride: int | None = None) -> tuple[int, int]:
         """What scoring uses, in tokens. Raises InvalidArgument when they do not fit the experts or one another."""
-        limit = self._pool.context
-        trained = self._parts.recipe.sequence_length
+        limit = self.pool.context
+        trained = self.parts.recipe.sequence_length
         chosen = window if window is not None else trained if limit is None else min(limit, trained)
         if not 1 <= chosen <= (limit or chosen):
             raise InvalidArgument(f"window: {chosen} is not between 1 and the context of {limit}", field="window")
@@ -417,11 +450,6 @@ class Ensemble:
         if not 1 <= step <= chosen:
             raise InvalidArgument(f"stride: {step} is not between 1 and the window of {chosen}", field="stride")
         return chosen, step
-
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a text, no special token added."""
-        ids = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        return [int(i) for i in ids]
 
     def _score(
         self,
@@ -433,71 +461,10 @@ class Ensemble:
     ) -> tuple[list[Score], np.ndarray[Any, np.dtype[np.float64]]]:
         length, step = self.window_and_stride(window, stride)
         found, share = mixture_scores(
-            self._pool, self._router, sequences, window=length, stride=step, progress=progress
+            self.pool, self.context_router, sequences, window=length, stride=step, progress=progress
         )
         scores = [
             Score(token_ids=sequence.ids[sequence.first :], token_log_probs=tuple(values.tolist()))
             for sequence, values in zip(sequences, found, strict=True)
         ]
         return scores, share
-
-    def _sequence(self, text: str, *, prompt: str = "") -> TokenSequence:
-        before = self.encode(prompt) if prompt else []
-        return TokenSequence(ids=(self._start_id, *before, *self.encode(text)), first=1 + len(before))
-
-    def _prompt(self, text: str, place: int, limit: int | None) -> list[int]:
-        ids = self.encode(text)
-        if not ids:
-            raise InvalidArgument(f"prompt: number {place + 1} is empty; give at least one character", field="prompt")
-        if limit is not None and len(ids) + 1 > limit:
-            raise InvalidArgument(
-                f"prompt: number {place + 1} has {len(ids)} tokens, and the experts' context holds {limit - 1} after "
-                "the start; shorten it",
-                field="prompt",
-            )
-        return [self._start_id, *ids]
-
-    def _check_tokenizer(self) -> None:
-        size = max(self._tokenizer.get_vocab().values(), default=-1) + 1
-        if size > self._pool.vocabulary:
-            raise InvalidArgument(
-                f"tokenizer: it has {size} ids and the experts know {self._pool.vocabulary}: they do not belong "
-                "together",
-                field="tokenizer",
-            )
-
-
-def _load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
-    from transformers import AutoTokenizer, PreTrainedTokenizerBase
-
-    from cbtm._auto import register_config
-
-    # The folder may be a saved ensemble's, with a config.json of its model type.
-    register_config()
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    except (ValueError, OSError, KeyError) as error:
-        raise InvalidArgument(f"tokenizer: {directory} holds none that loads: {error}", field="tokenizer") from error
-    assert isinstance(tokenizer, PreTrainedTokenizerBase)
-    return tokenizer
-
-
-def _start_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token that stands before every document in training: the end of the one before."""
-    for name in ("eos_token_id", "bos_token_id"):
-        token_id = getattr(tokenizer, name, None)
-        if isinstance(token_id, int):
-            return token_id
-    raise InvalidArgument("tokenizer: it has no end-of-text token", field="tokenizer")
-
-
-def _end_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    token_id = getattr(tokenizer, "eos_token_id", None)
-    return frozenset({token_id}) if isinstance(token_id, int) else frozenset()
-
-
-def _enum(kind: Any, value: str, field: str) -> Any:
-    try:
-        return kind(value)
-    except ValueError:
-        raise InvalidArgument(f"{field}: {value!r} is not one of {', '.join(kind)}", field=field) from None

@@ -34,7 +34,7 @@ MANIFEST = "cbtm.json"
 MODEL_TYPE = "cbtm"
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, eq=False)
 class FolderSource:
     """A model directory within a saved ensemble; its files are hashed once, when first asked for."""
 

@@ -7,8 +7,10 @@ position that does. Holds one float32 for each position and token of the vocabul
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +26,89 @@ if TYPE_CHECKING:
 # Bytes of one expert's float32 logits at a time, beside the result.
 _LOGIT_BYTES = 128 << 20
 Int64 = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """Rows of token ids as [B, T], of which some columns are padding, anywhere."""
+
+    # The tokens of each row, without padding.
+    rows: list[list[int]]
+    columns: int
+    # Which columns are tokens, [B, T] on the CPU; None: all.
+    mask: torch.Tensor | None
+
+    @classmethod
+    def of(cls, ids_BT: torch.Tensor, mask_BT: torch.Tensor | None) -> Self:
+        """The mask may have columns before the first of the ids. Raises InvalidArgument."""
+        if ids_BT.ndim != 2 or ids_BT.numel() == 0:
+            raise InvalidArgument(f"input_ids: a shape [B, T] is needed, not {list(ids_BT.shape)}", field="input_ids")
+        B, T = ids_BT.shape
+        rows = ids_BT.tolist()
+        if mask_BT is not None:
+            if mask_BT.ndim != 2 or mask_BT.shape[0] != B or mask_BT.shape[1] < T:
+                raise InvalidArgument(
+                    f"attention_mask: its shape {list(mask_BT.shape)} does not fit input_ids, {[B, T]}",
+                    field="attention_mask",
+                )
+            mask_BT = mask_BT[:, -T:].cpu().bool()
+            mask_BT = None if bool(mask_BT.all()) else mask_BT
+        if mask_BT is not None:
+            both = zip(rows, mask_BT.tolist(), strict=True)
+            rows = [[token for token, real in zip(row, mask, strict=True) if real] for row, mask in both]
+        return cls(rows, T, mask_BT)
+
+    def check(self, pool: ExpertPool, before: Sequence[int] = ()) -> None:
+        """Raises InvalidArgument for what experts cannot read, after `before` tokens of each row."""
+        for place, row in enumerate(self.rows):
+            if not row:
+                raise InvalidArgument(
+                    f"attention_mask: row {place + 1} has no token; an empty prompt needs at least one",
+                    field="input_ids",
+                )
+            if min(row) < 0 or max(row) >= pool.vocabulary:
+                raise InvalidArgument(f"input_ids: ids are from 0 to {pool.vocabulary - 1}", field="input_ids")
+            length = len(row) + (before[place] if before else 0)
+            if pool.context is not None and length > pool.context:
+                raise InvalidArgument(
+                    f"input_ids: row {place + 1} has {length} tokens, and the experts' context holds {pool.context}",
+                    field="input_ids",
+                )
+
+    def after(self, columns_C: torch.Tensor) -> torch.Tensor:
+        """Which of its tokens each of these columns stands after, [B, C]; -1 before the first."""
+        if self.mask is None:
+            return columns_C.expand(len(self.rows), -1)
+        return self.mask.long().cumsum(-1)[:, columns_C] - 1
+
+
+def batch_log_probs(
+    pool: ExpertPool, router: ContextRouter, batch: TokenBatch, columns_C: torch.Tensor | None = None
+) -> torch.Tensor:
+    """[B, C, V], float32: of the token after each of `columns_C` (default: every column) in each row.
+
+    A column of padding repeats what stands after the last token before it, or is uniform where there is none.
+    """
+    import torch
+
+    after_BC = batch.after(torch.arange(batch.columns) if columns_C is None else columns_C)
+    firsts = [int(after_C.clamp(min=0).min()) for after_C in after_BC]
+    log_probs_NV = position_log_probs(pool, router, batch.rows, firsts)
+    starts = [0]
+    for row, first in zip(batch.rows, firsts, strict=True):
+        starts.append(starts[-1] + len(row) - first)
+    at_BC = after_BC + (torch.tensor(starts[:-1]) - torch.tensor(firsts)).unsqueeze(-1)
+    if at_BC.numel() == len(log_probs_NV) and bool((at_BC.flatten() == torch.arange(at_BC.numel())).all()):
+        return log_probs_NV.view(*at_BC.shape, -1)
+    return gathered(log_probs_NV, at_BC, after_BC)
+
+
+def gathered(log_probs_NV: torch.Tensor, at_BC: torch.Tensor, after_BC: torch.Tensor) -> torch.Tensor:
+    """Rows `at_BC` of the log-probabilities, [B, C, V]; uniform where no token stands before the column."""
+    device = log_probs_NV.device
+    found_BCV = log_probs_NV[at_BC.clamp(min=0).to(device)]
+    found_BCV[(after_BC < 0).to(device)] = -math.log(log_probs_NV.shape[-1])
+    return found_BCV
 
 
 def position_log_probs(
@@ -68,10 +153,10 @@ def position_log_probs(
             if len(at_P) < len(flat_PV):
                 flat_PV = flat_PV[torch.from_numpy(at_P).to(model.device)]
             if mixture is None:
-                mixture = LogMixture(len(weights_NK), flat_PV.shape[-1], model.device)
+                mixture = LogMixture(len(weights_NK), flat_PV.shape[-1], pool.device)
             everywhere = len(into_P) == len(weights_NK)
             mixture.add(
-                None if everywhere else torch.from_numpy(into_P).to(model.device),
+                None if everywhere else torch.from_numpy(into_P).to(pool.device),
                 log_softmax(flat_PV),
                 torch.from_numpy(weights_NK[into_P, expert]),
             )

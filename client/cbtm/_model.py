@@ -14,7 +14,7 @@ Not here: training (weights are read only, nothing has a gradient), attention ma
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -27,9 +27,11 @@ from cbtm._config import CbtmConfig
 from cbtm._decoder import MixtureDecoder
 from cbtm._ensemble import Ensemble
 from cbtm._folder import AUTO_MAP, ensemble_config
-from cbtm._forward import position_log_probs
+from cbtm._forward import TokenBatch, batch_log_probs, gathered
 from cbtm._hub import pull, push
-from cbtm._residency import check_device
+from cbtm._parts import ExpertChanges
+from cbtm._residency import ExpertPool, check_device
+from cbtm._routing import ContextRouter, RoutingChange
 from cbtm_common.errors import InvalidArgument
 
 if TYPE_CHECKING:
@@ -42,16 +44,35 @@ class MixtureCache(Cache):
     def __init__(self) -> None:
         super().__init__(layers=[])
         self._decoder: MixtureDecoder | None = None
+        self._pool: ExpertPool | None = None
         # Columns of input_ids read so far, padding included.
         self.columns = 0
 
-    def read(self, ensemble: Ensemble, rows: list[list[int]], *, keep: int, columns: int) -> torch.Tensor:
+    @property
+    def begins(self) -> bool:
+        """Whether it has read nothing yet."""
+        return self._decoder is None
+
+    def begin(self, pool: ExpertPool, router: ContextRouter, rows: int) -> None:
+        """Experts and routing from here on, whatever becomes of the model."""
+        self._pool = pool
+        self._decoder = MixtureDecoder(pool, router, [[] for _ in range(rows)])
+
+    def read(self, rows: list[list[int]], *, keep: int, columns: int) -> torch.Tensor:
         """More tokens for each row; log-probabilities after each of the last `keep`, [B, keep, V]."""
-        if self._decoder is None:
-            # Only the first tokens tell how many rows there are.
-            self._decoder = MixtureDecoder(ensemble.pool, ensemble.context_router, [[] for _ in rows])
+        assert self._decoder is not None, "begin comes first"
         self.columns += columns
         return self._decoder.extend(rows, keep)
+
+    @property
+    def pool(self) -> ExpertPool:
+        assert self._pool is not None, "begin comes first"
+        return self._pool
+
+    @property
+    def router(self) -> ContextRouter:
+        assert self._decoder is not None, "begin comes first"
+        return self._decoder.router
 
     @property
     def lengths(self) -> list[int]:
@@ -147,14 +168,16 @@ class CbtmForCausalLM(PreTrainedModel, GenerationMixin):
         device_map: str | int | torch.device | Mapping[str, Any] | None = None,
         max_experts: int | None = None,
         max_bytes: int | None = None,
+        max_memory: Mapping[int | str, int | str] | None = None,
         output_loading_info: bool = False,
         **options: Any,
     ) -> Any:
         """From a folder that `save_pretrained` or `Ensemble.save` wrote, or a repository of one.
 
-        No weight is read before an expert is needed. `device_map` names one device for all ("auto": the first GPU if
-        there is one); at most `max_experts`, or `max_bytes` of weights, are in memory at a time. Fields of the config
-        may be given, such as `num_experts_per_tok=1`. Raises NotFound, IntegrityError or InvalidArgument.
+        No weight is read before an expert is needed. `device_map` names one device for all, "auto" for every GPU there
+        is, or a device for each expert by its index, all of which stay whole. At most `max_experts`, `max_bytes` of
+        weights, or `max_memory` of each device, are in memory at a time; see `cbtm._residency.Placement`. Fields of
+        the config may be given, such as `num_experts_per_tok=1`. Raises NotFound, IntegrityError or InvalidArgument.
         """
         folder = pull(pretrained_model_name_or_path, options)
         if not isinstance(config, CbtmConfig):
@@ -165,10 +188,11 @@ class CbtmForCausalLM(PreTrainedModel, GenerationMixin):
             folder,
             top_k=config.num_experts_per_tok,
             temperature=config.routing_temperature,
-            device=_device(device_map),
+            **_placement(device_map),
             dtype=None if dtype is None else str(dtype).removeprefix("torch."),
             max_experts=max_experts,
             max_bytes=max_bytes,
+            max_memory=max_memory,
         ).with_routing(
             policy=config.routing_policy,  # type: ignore[arg-type]  # checked there
             weights=config.routing_weights,
@@ -216,6 +240,13 @@ class CbtmForCausalLM(PreTrainedModel, GenerationMixin):
         for name, value in ensemble_config(self.ensemble.parts, self.ensemble.routing).items():
             setattr(self.config, name, value)
 
+    def refresh(self) -> ExpertChanges:
+        """Takes up what the run's coordinator has accepted or withdrawn since; see `Ensemble.refresh`."""
+        changes = self.ensemble.refresh()
+        for name, value in ensemble_config(self.ensemble.parts, self.ensemble.routing).items():
+            setattr(self.config, name, value)
+        return changes
+
     # The forward pass
 
     def forward(
@@ -226,6 +257,7 @@ class CbtmForCausalLM(PreTrainedModel, GenerationMixin):
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        routing: RoutingChange | None = None,
         **options: Any,
     ) -> CausalLMOutputWithPast:
         """`logits` [B, C, V]: log p(next token) after each kept column of `input_ids` [B, T], float32.
@@ -233,84 +265,50 @@ class CbtmForCausalLM(PreTrainedModel, GenerationMixin):
         `attention_mask` [B, T] (with `past_key_values`, [B, T so far]) is 0 on padding, which may stand anywhere; a
         column of padding repeats what stands after the last token before it, or is uniform where there is none.
         `use_cache` (default: no, but for `generate`) keeps keys and values. `labels` gives a loss, without gradient.
+        `routing` is of this call alone, such as {"top_k": 1}; with a cache, of all calls that share it.
         Raises InvalidArgument for a row without a token, one longer than the context, and ids out of range.
         """
         refused = [name for name in _REFUSED if options.get(name) is not None and options[name] is not False]
         if refused:
             raise InvalidArgument(f"{refused[0]}: an ensemble has no such input or output", field=refused[0])
-        if input_ids is None or input_ids.ndim != 2 or input_ids.numel() == 0:
-            shape = None if input_ids is None else list(input_ids.shape)
-            raise InvalidArgument(f"input_ids: a shape [B, T] is needed, not {shape}", field="input_ids")
+        if input_ids is None:
+            raise InvalidArgument("input_ids: a shape [B, T] is needed, not None", field="input_ids")
+        batch = TokenBatch.of(input_ids, attention_mask)
         if past_key_values is not None and not isinstance(past_key_values, MixtureCache):
             raise InvalidArgument(
                 f"past_key_values: a {type(past_key_values).__name__} is not this model's; give none, or what it gave",
                 field="past_key_values",
             )
-        T = input_ids.shape[1]
-        rows = input_ids.tolist()
-        mask_BT = None if attention_mask is None else attention_mask[:, -T:].cpu().bool()
-        if mask_BT is not None and bool(mask_BT.all()):
-            mask_BT = None
-        if mask_BT is not None:
-            both = zip(rows, mask_BT.tolist(), strict=True)
-            rows = [[token for token, real in zip(row, mask, strict=True) if real] for row, mask in both]
-        self._check(rows, past_key_values)
+        T = batch.columns
         if use_cache and past_key_values is None:
             past_key_values = MixtureCache()
-        if past_key_values is not None and mask_BT is None and isinstance(logits_to_keep, int):
-            # A step of generation: no time for what follows.
-            logits = past_key_values.read(self.ensemble, rows, keep=min(logits_to_keep or T, T), columns=T)
+        if past_key_values is None:
+            ensemble, router = self.ensemble, self._router(routing)
+            batch.check(ensemble.pool)
+            columns_C = torch.arange(T)[-logits_to_keep:] if isinstance(logits_to_keep, int) else logits_to_keep.cpu()
+            logits = batch_log_probs(ensemble.pool, router, batch, columns_C)
         else:
-            columns = torch.arange(T)[-logits_to_keep:] if isinstance(logits_to_keep, int) else logits_to_keep.cpu()
-            # Which of its new tokens each kept column stands after, [B, C]; -1 before the first.
-            after_BC = columns.expand(len(rows), -1) if mask_BT is None else mask_BT.long().cumsum(-1)[:, columns] - 1
-            if past_key_values is not None:
-                logits = self._with_cache(rows, after_BC, past_key_values, T)
+            if past_key_values.begins:
+                past_key_values.begin(self.ensemble.pool, self._router(routing), len(batch.rows))
+            elif routing is not None and self._router(routing).options != past_key_values.router.options:
+                raise InvalidArgument("routing: past_key_values was made with another; begin anew", field="routing")
+            batch.check(past_key_values.pool, past_key_values.lengths)
+            if batch.mask is None and isinstance(logits_to_keep, int):
+                # A step of generation: no time for what follows.
+                logits = past_key_values.read(batch.rows, keep=min(logits_to_keep or T, T), columns=T)
             else:
-                logits = self._without_cache(rows, after_BC)
+                columns_C = (
+                    torch.arange(T)[-logits_to_keep:] if isinstance(logits_to_keep, int) else logits_to_keep.cpu()
+                )
+                logits = _with_cache(batch, columns_C, past_key_values)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels.to(logits.device), vocab_size=logits.shape[-1])
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
 
-    def _with_cache(
-        self, rows: list[list[int]], after_BC: torch.Tensor, cache: MixtureCache, columns: int
-    ) -> torch.Tensor:
-        # Counted from the last token, of which all rows have one.
-        back_BC = torch.tensor([len(row) for row in rows]).unsqueeze(-1) - 1 - after_BC
-        keep = int(back_BC[after_BC >= 0].max()) + 1 if bool((after_BC >= 0).any()) else 1
-        log_probs_BMV = cache.read(self.ensemble, rows, keep=keep, columns=columns)
-        at_BC = torch.arange(len(rows)).unsqueeze(-1) * keep + keep - 1 - back_BC
-        return _gathered(log_probs_BMV.flatten(0, 1), at_BC, after_BC)
-
-    def _without_cache(self, rows: list[list[int]], after_BC: torch.Tensor) -> torch.Tensor:
-        firsts = [int(after_C.clamp(min=0).min()) for after_C in after_BC]
-        log_probs_NV = position_log_probs(self.ensemble.pool, self.ensemble.context_router, rows, firsts)
-        starts = [0]
-        for row, first in zip(rows, firsts, strict=True):
-            starts.append(starts[-1] + len(row) - first)
-        at_BC = after_BC + (torch.tensor(starts[:-1]) - torch.tensor(firsts)).unsqueeze(-1)
-        if at_BC.numel() == len(log_probs_NV) and bool((at_BC.flatten() == torch.arange(at_BC.numel())).all()):
-            return log_probs_NV.view(*at_BC.shape, -1)
-        return _gathered(log_probs_NV, at_BC, after_BC)
-
-    def _check(self, rows: Sequence[Sequence[int]], cache: MixtureCache | None) -> None:
-        pool = self.ensemble.pool
-        before = cache.lengths if cache is not None else []
-        for place, row in enumerate(rows):
-            if not row:
-                raise InvalidArgument(
-                    f"attention_mask: row {place + 1} has no token; an empty prompt needs at least one",
-                    field="input_ids",
-                )
-            if min(row) < 0 or max(row) >= pool.vocabulary:
-                raise InvalidArgument(f"input_ids: ids are from 0 to {pool.vocabulary - 1}", field="input_ids")
-            length = len(row) + (before[place] if before else 0)
-            if pool.context is not None and length > pool.context:
-                raise InvalidArgument(
-                    f"input_ids: row {place + 1} has {length} tokens, and the experts' context holds {pool.context}",
-                    field="input_ids",
-                )
+    def _router(self, routing: RoutingChange | None) -> ContextRouter:
+        router = self.ensemble.context_router
+        return router if routing is None else router.with_options(routing)
 
     # What transformers asks of a model
 
@@ -360,12 +358,14 @@ class CbtmForCausalLM(PreTrainedModel, GenerationMixin):
         return files
 
 
-def _gathered(log_probs_NV: torch.Tensor, at_BC: torch.Tensor, after_BC: torch.Tensor) -> torch.Tensor:
-    """Rows `at_BC` of the log-probabilities, [B, C, V]; uniform where no token stands before the column."""
-    device = log_probs_NV.device
-    found_BCV = log_probs_NV[at_BC.clamp(min=0).to(device)]
-    found_BCV[(after_BC < 0).to(device)] = -torch.tensor(float(log_probs_NV.shape[-1])).log()
-    return found_BCV
+def _with_cache(batch: TokenBatch, columns_C: torch.Tensor, cache: MixtureCache) -> torch.Tensor:
+    after_BC = batch.after(columns_C)
+    # Counted from the last token, of which all rows have one.
+    back_BC = torch.tensor([len(row) for row in batch.rows]).unsqueeze(-1) - 1 - after_BC
+    keep = int(back_BC[after_BC >= 0].max()) + 1 if bool((after_BC >= 0).any()) else 1
+    log_probs_BMV = cache.read(batch.rows, keep=keep, columns=batch.columns)
+    at_BC = torch.arange(len(batch.rows)).unsqueeze(-1) * keep + keep - 1 - back_BC
+    return gathered(log_probs_BMV.flatten(0, 1), at_BC, after_BC)
 
 
 # Would change the result, or is asked for, and there is none. Whatever else generation tools pass along has no effect.
@@ -390,14 +390,28 @@ def _apply(config: CbtmConfig, options: dict[str, Any]) -> None:
         raise InvalidArgument(f"{left[0]}: from_pretrained of an ensemble takes no such option", field=left[0])
 
 
-def _device(device_map: str | int | torch.device | Mapping[str, Any] | None) -> str | None:
+def _placement(device_map: str | int | torch.device | Mapping[Any, Any] | None) -> dict[str, Any]:
+    """`device` or `device_map` of `Ensemble.load`."""
+    if isinstance(device_map, Mapping) and set(device_map) == {""}:
+        device_map = device_map[""]
     if isinstance(device_map, Mapping):
-        if len(set(device_map.values())) != 1:
-            raise InvalidArgument("device_map: experts are not split; name one device for all", field="device_map")
-        device_map = next(iter(device_map.values()))
-    if device_map is None:
-        return None
+        return {"device_map": {_expert(key): _device(value) for key, value in device_map.items()}}
     if device_map == "auto":
-        return "cuda:0" if torch.cuda.is_available() else "cpu"
-    name = f"cuda:{device_map}" if isinstance(device_map, int) else str(device_map)
-    return str(check_device(name))
+        return {"device_map": "auto"}
+    return {} if device_map is None else {"device": _device(device_map)}
+
+
+def _expert(key: Any) -> str:
+    """An expert's name by its index, or by its folder."""
+    text = str(key).removeprefix("experts/")
+    if not text.isdecimal():
+        raise InvalidArgument(
+            f"device_map: {key!r} is no expert: experts are not split over devices; give their indices, such as "
+            '{0: "cuda:0", 1: "cuda:1"}, one device for all, or "auto"',
+            field="device_map",
+        )
+    return f"expert {int(text)}"
+
+
+def _device(value: Any) -> str:
+    return str(check_device(f"cuda:{value}" if isinstance(value, int) else str(value)))

@@ -20,6 +20,20 @@ class ClusterInfo:
     top_terms: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True, kw_only=True)
+class ExpertChanges:
+    """What a refresh changed, by cluster id; false when nothing did."""
+
+    added: tuple[str, ...] = ()
+    # Withdrawn: their weight goes to the others.
+    removed: tuple[str, ...] = ()
+    # There is a newer version.
+    replaced: tuple[str, ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.added or self.removed or self.replaced)
+
+
 def _nothing() -> None:
     pass
 
@@ -40,6 +54,8 @@ class EnsembleParts:
     seed: ExpertSource | None = None
     recipe: Recipe = field(default_factory=Recipe)
     close: Callable[[], None] = _nothing
+    # What it is made of by now, where that can change: experts that are as they were are the same objects.
+    reload: Callable[[], EnsembleParts] | None = None
 
     @property
     def present(self) -> tuple[ClusterInfo, ...]:

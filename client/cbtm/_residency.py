@@ -1,24 +1,24 @@
-"""Which experts are in memory: loaded when first needed, the least recently used dropped when the budget is full.
+"""Which experts are in memory: loaded when first needed, the least recently used dropped when a budget is full.
 
-An expert is a plain Hugging Face directory. Its weights are read from safetensors through the page cache, so a dropped
-expert comes back at the speed of memory while the machine has room. Dropping one changes no result: weights are read
-only. The budget counts whole experts or bytes of weights; an expert that alone exceeds the bytes is refused.
+An expert is a plain Hugging Face directory. On the CPU its weights are the pages of its safetensors file, mapped and
+not copied, so a dropped expert comes back at the speed of memory while the machine has room. Dropping or moving one
+changes no result: weights are read only. What gives way to what is decided in `_budget`.
 
-Not here: where the files come from (`ExpertSource`), nor sharing one expert over several devices.
+Not here: where the files come from (`ExpertSource`), nor splitting one expert over several devices.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import threading
-from collections import OrderedDict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from cbtm_common.errors import IntegrityError, InvalidArgument, ResourceExhausted
+from cbtm._alike import check_alike, check_tokenizer
+from cbtm._budget import OFFLOAD, MemoryBudget, Move, parse_memory
+from cbtm_common.errors import IntegrityError, InvalidArgument
 
 if TYPE_CHECKING:
     import torch
@@ -44,42 +44,184 @@ class ExpertSource(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
-    """Where and how experts are held. None: CPU, the stored dtype, no limit."""
+    """Where and how experts are held. None: CPU, the stored dtype, no limit.
+
+    `device_map` "auto" spreads experts over all GPUs (the CPU where there is none); a mapping gives some experts, by
+    their names, a device each, and the others go to the devices that `max_memory` names, or `device`. `max_memory` is
+    bytes of weights for each device, as in transformers: {0: "10GiB", "cpu": "30GiB"}; where a GPU computes, the CPU's
+    are for experts that had to give way. Without "cpu" these are read anew from disk.
+    """
 
     device: str | None = None
     dtype: str | None = None
     max_experts: int | None = None
     max_bytes: int | None = None
+    max_memory: Mapping[int | str, int | str] | None = None
+    device_map: str | Mapping[str, str] | None = None
+
+    def devices(self) -> tuple[dict[str, int | None], int]:
+        """(budget of each device that computes, None for no limit; bytes of the CPU for offloaded experts)."""
+        if self.device_map is not None and self.device is not None:
+            raise InvalidArgument("device: give it or device_map, not both", field="device")
+        given = parse_memory(self.max_memory) if self.max_memory is not None else {}
+        for name in given:
+            check_device(name)
+        if isinstance(self.device_map, str) and self.device_map != "auto":
+            raise InvalidArgument(f"device_map: {self.device_map!r} is not 'auto' or a mapping", field="device_map")
+        fast = [name for name in given if name != "cpu"]
+        if self.device is not None:
+            names = [str(check_device(self.device))]
+        elif fast:
+            names = fast
+        elif self.device_map == "auto":
+            names = [f"cuda:{i}" for i in range(_gpus())] or ["cpu"]
+        else:
+            names = [] if self.device_map and not given else ["cpu"]
+        if isinstance(self.device_map, Mapping):
+            names += [name for name in map(str, self.device_map.values()) if name not in names]
+        for name in names:
+            check_device(name)
+        other = set(given) - set(names) - {"cpu"}
+        if other:
+            raise InvalidArgument(f"max_memory: no expert is on {min(other)}", field="max_memory")
+        budgets: dict[str, int | None] = {name: given.get(name) for name in names}
+        if self.device_map == "auto" and not fast:
+            budgets.update({name: _free(name) for name in names if name != "cpu"})
+        return budgets, 0 if "cpu" in names else given.get("cpu", 0)
+
+
+def _gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def _free(device: str) -> int:
+    """Bytes of that GPU for weights: nine tenths of what is free, as activations and caches need some."""
+    import torch
+
+    return int(0.9 * torch.cuda.mem_get_info(device)[0])
+
+
+class Residency:
+    """Models in memory, by their source; what several pools of one ensemble share. Loading is thread-safe.
+
+    A model that is offloaded moves under whoever holds it: with several threads, use one lock around their calls.
+    """
+
+    def __init__(self, placement: Placement) -> None:
+        self.placement = placement
+        devices, offload = placement.devices()
+        self.device = check_device(next(iter(devices)))
+        self.chosen_dtype = check_dtype(placement.dtype)
+        self._budget = self._fresh_budget(devices, offload)
+        self._models: dict[ExpertSource, PreTrainedModel] = {}
+        self._lock = threading.RLock()
+        self.loads = 0
+
+    @property
+    def resident(self) -> tuple[ExpertSource, ...]:
+        """On a device that computes, least recently used first."""
+        return tuple(source for source in self._budget.resident if source in self._models)  # type: ignore[misc]
+
+    @property
+    def offloaded(self) -> tuple[ExpertSource, ...]:
+        return tuple(self._budget.offloaded)  # type: ignore[arg-type]
+
+    def get(self, source: ExpertSource, *, tokenizer: str | None = None) -> PreTrainedModel:
+        """The model on its home device. Raises IntegrityError, NotFound, InvalidArgument or ResourceExhausted."""
+        with self._lock:
+            if self._budget.touch(source):
+                return self._models[source]
+            directory = source.directory()
+            check_tokenizer(directory, tokenizer, name=source.name)
+            size = _count(source, directory, self.chosen_dtype)[1]
+            given = self.placement.device_map
+            home = given.get(source.name) if isinstance(given, Mapping) else None
+            moves = self._budget.admit(source, size, name=source.name, home=home)
+            try:
+                for move in moves:
+                    self._do(move, directory)
+            except BaseException:
+                self.drop(source)
+                raise
+            return self._models[source]
+
+    def _do(self, move: Move, directory: Path) -> None:
+        source: ExpertSource = move.key  # type: ignore[assignment]
+        if move.to is None:
+            self._models.pop(source, None)
+        elif source in self._models:
+            self._models[source].to("cpu" if move.to == OFFLOAD else move.to)  # type: ignore[arg-type]
+        else:
+            device = check_device(move.to)
+            self._models[source] = load_model(directory, name=source.name, device=device, dtype=self.chosen_dtype)
+            self.loads += 1
+
+    def drop(self, source: ExpertSource) -> None:
+        """Out of memory, and out of the count."""
+        with self._lock:
+            self._budget.forget(source)
+            self._models.pop(source, None)
+
+    def clear(self) -> None:
+        for source in list(self._models):
+            self.drop(source)
+
+    def move(self, device: torch.device, dtype: torch.dtype | None) -> None:
+        """All experts, those to be loaded included, to one device and dtype; device budgets no longer apply."""
+        with self._lock:
+            self.clear()
+            self.device, self.chosen_dtype = device, dtype
+            self.placement = replace(self.placement, device=str(device), device_map=None, max_memory=None)
+            self._budget = self._fresh_budget({str(device): None}, 0)
+
+    def _fresh_budget(self, devices: Mapping[str, int | None], offload: int) -> MemoryBudget:
+        limits = self.placement
+        return MemoryBudget(devices, offload=offload, max_experts=limits.max_experts, max_bytes=limits.max_bytes)
 
 
 class ExpertPool:
-    """Models by their place 0..K-1. Thread-safe for loading; models are shared, in evaluation mode.
+    """An ensemble's experts by their place 0..K-1; models are shared, in evaluation mode. Immutable but for `move`.
 
-    Raises InvalidArgument when the experts' configs show that they do not fit together.
+    Raises InvalidArgument when the experts' configs show that they do not fit together. `tokenizer` is the digest of
+    the ensemble's own, which an expert that brings one must match.
     """
 
-    def __init__(self, sources: Sequence[ExpertSource], placement: Placement) -> None:
-        for field in ("max_experts", "max_bytes"):
-            limit = getattr(placement, field)
-            if limit is not None and limit < 1:
-                raise InvalidArgument(f"{field}: {limit} is under 1", field=field)
+    def __init__(self, sources: Sequence[ExpertSource], residency: Residency, *, tokenizer: str | None = None) -> None:
         self.sources = tuple(sources)
-        self.placement = placement
-        self.device = check_device(placement.device)
-        self._dtype = check_dtype(placement.dtype)
-        self._resident: OrderedDict[int, PreTrainedModel] = OrderedDict()
-        self._lock = threading.RLock()
-        self.loads = 0
+        self.residency = residency
+        self._tokenizer = tokenizer
         check_alike(sources)
         self.config = read_config(sources[0])
+        given = residency.placement.device_map
+        if isinstance(given, Mapping):
+            unknown = sorted(set(given) - {source.name for source in sources})
+            if unknown:
+                raise InvalidArgument(f"device_map: there is no {unknown[0]!r} in this ensemble", field="device_map")
 
     def __len__(self) -> int:
         return len(self.sources)
 
     @property
+    def placement(self) -> Placement:
+        return self.residency.placement
+
+    @property
+    def device(self) -> torch.device:
+        """Where mixtures are made: that of the experts, the first where there are several."""
+        return self.residency.device
+
+    @property
+    def loads(self) -> int:
+        """How often an expert was read from disk."""
+        return self.residency.loads
+
+    @property
     def resident(self) -> tuple[int, ...]:
-        """In memory now, least recently used first."""
-        return tuple(self._resident)
+        """On a device that computes, least recently used first."""
+        place = {source: index for index, source in enumerate(self.sources)}
+        return tuple(place[source] for source in self.residency.resident if source in place)
 
     @property
     def vocabulary(self) -> int:
@@ -93,29 +235,20 @@ class ExpertPool:
 
     def order(self, wanted: Sequence[int]) -> list[int]:
         """`wanted` with those in memory first: the order that loads least."""
-        return sorted(wanted, key=lambda index: (index not in self._resident, index))
+        here = set(self.resident)
+        return sorted(wanted, key=lambda index: (index not in here, index))
 
     def get(self, index: int) -> PreTrainedModel:
         """The model, loaded if it is not in memory. Raises IntegrityError, NotFound or InvalidArgument."""
-        with self._lock:
-            if index in self._resident:
-                self._resident.move_to_end(index)
-                return self._resident[index]
-            source = self.sources[index]
-            directory = source.directory()
-            self._make_room(source, directory)
-            model = load_model(directory, name=source.name, device=self.device, dtype=self._dtype)
-            self._resident[index] = model
-            self.loads += 1
-            return model
+        return self.residency.get(self.sources[index], tokenizer=self._tokenizer)
 
     @property
     def dtype(self) -> torch.dtype:
         """That experts are used in."""
         import torch
 
-        if self._dtype is not None:
-            return self._dtype
+        if self.residency.chosen_dtype is not None:
+            return self.residency.chosen_dtype
         stored = getattr(self.config, "dtype", None)
         return stored if isinstance(stored, torch.dtype) else torch.float32
 
@@ -125,32 +258,11 @@ class ExpertPool:
 
     def move(self, device: torch.device, dtype: torch.dtype) -> None:
         """All experts, those to be loaded included, to another device and dtype."""
-        with self._lock:
-            if dtype != self.dtype:
-                self._dtype = dtype
-            self.device = device
-            for model in self._resident.values():
-                model.to(device, self._dtype)  # type: ignore[arg-type]
+        self.residency.move(device, dtype if dtype != self.dtype else self.residency.chosen_dtype)
 
     def clear(self) -> None:
         """Drops all from memory."""
-        with self._lock:
-            self._resident.clear()
-
-    def _make_room(self, source: ExpertSource, directory: Path) -> None:
-        limits = self.placement
-        while limits.max_experts is not None and len(self._resident) >= limits.max_experts:
-            self._resident.popitem(last=False)
-        if limits.max_bytes is None:
-            return
-        need = _count(source, directory, self._dtype)[1]
-        if need > limits.max_bytes:
-            raise ResourceExhausted(
-                f"max_bytes: {source.name} takes {need:,} bytes, over the budget of {limits.max_bytes:,}; "
-                "raise it, or choose a smaller dtype"
-            )
-        while sum(_model_bytes(m) for m in self._resident.values()) + need > limits.max_bytes:
-            self._resident.popitem(last=False)
+        self.residency.clear()
 
 
 def load_model(directory: Path, *, name: str, device: torch.device, dtype: torch.dtype | None) -> PreTrainedModel:
@@ -217,25 +329,6 @@ def check_dtype(name: str | None) -> torch.dtype | None:
     return dtype
 
 
-def check_alike(sources: Sequence[ExpertSource]) -> None:
-    """Raises InvalidArgument unless all have one architecture and one vocabulary, judged by their config.json."""
-    first: dict[str, Any] | None = None
-    for source in sources:
-        config = _read_json(source)
-        shape = {
-            "model_type": config.get("model_type"),
-            "vocab_size": config.get("vocab_size", config.get("text_config", {}).get("vocab_size")),
-        }
-        first = first or shape
-        for field, value in shape.items():
-            if value != first[field]:
-                raise InvalidArgument(
-                    f"{source.name} and {sources[0].name} do not fit together: {field} is {value!r} in one and "
-                    f"{first[field]!r} in the other; experts of one ensemble share architecture and vocabulary",
-                    field="experts",
-                )
-
-
 def read_config(source: ExpertSource) -> Any:
     """Its text config, as transformers understands it."""
     from transformers import AutoConfig
@@ -245,17 +338,6 @@ def read_config(source: ExpertSource) -> Any:
     except (ValueError, KeyError, OSError) as error:
         raise InvalidArgument(f"{source.name}: {source.config_path()}: {error}", field="experts") from error
     return config.get_text_config()
-
-
-def _read_json(source: ExpertSource) -> dict[str, Any]:
-    path = source.config_path()
-    try:
-        config = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise IntegrityError(f"{source.name}: {path} cannot be read: {error}") from error
-    if not isinstance(config, dict):
-        raise IntegrityError(f"{source.name}: {path} holds no JSON object")
-    return config
 
 
 def _count(source: ExpertSource, directory: Path, dtype: torch.dtype | None = None) -> tuple[int, int]:
@@ -277,7 +359,3 @@ def _count(source: ExpertSource, directory: Path, dtype: torch.dtype | None = No
 
 
 _ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1}
-
-
-def _model_bytes(model: PreTrainedModel) -> int:
-    return sum(p.numel() * p.element_size() for p in model.parameters())

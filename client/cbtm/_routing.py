@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -54,8 +54,8 @@ class RoutingOptions:
             raise InvalidArgument(
                 f"top_k: {self.top_k} is not between 1 and {experts}, the number of experts", field="top_k"
             )
-        if not self.temperature > 0:
-            raise InvalidArgument(f"temperature: {self.temperature} is not above 0", field="temperature")
+        if not 0 < self.temperature < float("inf"):
+            raise InvalidArgument(f"temperature: {self.temperature} is not a number above 0", field="temperature")
         if (self.policy is Policy.FIXED) != (self.weights is not None):
             raise InvalidArgument("weights: they go with policy 'fixed', and it needs them", field="weights")
         if self.weights is not None:
@@ -65,6 +65,19 @@ class RoutingOptions:
                     f"weights: {experts} numbers are needed, none negative and not all zero", field="weights"
                 )
         return self
+
+
+class RoutingChange(TypedDict, total=False):
+    """Routing of one call, or of a view; what is left out or None stays as it is.
+
+    `top_k` "all" mixes every expert; `weights` are by cluster id, or one for each expert, and mean policy "fixed".
+    """
+
+    top_k: int | Literal["all"] | None
+    temperature: float | None
+    policy: Policy | Literal["prefix", "prompt", "fixed"] | None
+    weights: Mapping[str, float] | Sequence[float] | None
+    distance: Distance | Literal["squared", "quartic"] | None
 
 
 @dataclass(frozen=True)
@@ -84,6 +97,29 @@ class ContextRouter:
         self.router = router
         self.detokenizer = detokenizer
         self.options = options
+
+    def with_options(self, change: RoutingChange) -> ContextRouter:
+        """The same router with other options; what `change` leaves out stays. Raises InvalidArgument."""
+        unknown = sorted(set(change) - set(RoutingChange.__annotations__))
+        if unknown:
+            known = ", ".join(RoutingChange.__annotations__)
+            raise InvalidArgument(f"routing: {unknown[0]!r} is not one of {known}", field="routing")
+        old, ids = self.options, self.router.cluster_ids
+        policy, distance = change.get("policy"), change.get("distance")
+        top_k, temperature, weights = change.get("top_k"), change.get("temperature"), change.get("weights")
+        if policy is not None:
+            policy = _enum(Policy, policy, "policy")
+        else:
+            policy = Policy.FIXED if weights is not None else old.policy
+        given = None if weights is None else fixed_weights(weights, ids)
+        options = RoutingOptions(
+            top_k=old.top_k if top_k is None else None if top_k == "all" else top_k,
+            temperature=old.temperature if temperature is None else temperature,
+            distance=old.distance if distance is None else _enum(Distance, distance, "distance"),
+            policy=policy,
+            weights=given if given is not None or policy is not Policy.FIXED else old.weights,
+        )
+        return ContextRouter(self.router, self.detokenizer, options.check(len(ids)))
 
     def text_weights(self, texts: Sequence[str]) -> Float64:
         """[N, K]: weights of whole texts."""
@@ -163,6 +199,13 @@ def fixed_weights(given: Mapping[str, float] | Sequence[float], cluster_ids: Seq
     if unknown:
         raise InvalidArgument(f"weights: there is no cluster {unknown[0]!r} in this ensemble", field="weights")
     return tuple(float(given.get(cluster_id, 0.0)) for cluster_id in cluster_ids)
+
+
+def _enum(kind: Any, value: str, field: str) -> Any:
+    try:
+        return kind(value)
+    except ValueError:
+        raise InvalidArgument(f"{field}: {value!r} is not one of {', '.join(kind)}", field=field) from None
 
 
 def single_router(cluster_id: str) -> CentroidRouter:

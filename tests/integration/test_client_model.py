@@ -437,7 +437,7 @@ class TestMistakes:
             load(folder, num_experts_per_tok=5)
         with pytest.raises(InvalidArgument, match="device: 'cuda:9'"):
             load(folder, device_map="cuda:9")
-        with pytest.raises(InvalidArgument, match="device_map: experts are not split"):
+        with pytest.raises(InvalidArgument, match="experts are not split"):
             load(folder, device_map={"a": "cpu", "b": "cuda:0"})
         with pytest.raises(InvalidArgument, match="load_in_4bit: from_pretrained of an ensemble takes no such option"):
             CbtmForCausalLM.from_pretrained(folder, load_in_4bit=True)
