@@ -35,7 +35,7 @@ CLUSTERS = 4
 LEASE_SECONDS = 3.0
 STEP_SECONDS = 0.05
 # Orphans are collected when they are so old, in seconds.
-GRACE_SECONDS = 12.0
+GRACE_SECONDS = 6.0
 RECIPE = f"""
 sequence_length = 32
 global_batch = 2

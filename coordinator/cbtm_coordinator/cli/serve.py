@@ -59,6 +59,8 @@ def serve(
     if log_level.lower() not in _LOG_LEVELS:
         raise InvalidArgument(f"log-level: {log_level!r} is not one of {', '.join(_LOG_LEVELS)}", field="log-level")
     logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    # It tells of answers cut short with a traceback; what became of them is told by the call concerned.
+    logging.getLogger("urllib3.connection").setLevel(logging.ERROR)
     flags: dict[str, Any] = {
         "data_dir": data_dir,
         "host": host,

@@ -1,0 +1,23 @@
+"""A short storm, always the same one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.chaos.__main__ import weather
+
+pytestmark = pytest.mark.integration
+
+_SEED = 20_230_326
+_SECONDS = 18.0
+_EVERY = 0.8
+
+
+def test_a_short_storm_violates_nothing(tmp_path: Path) -> None:
+    outcome = weather(_SEED, seconds=_SECONDS, every=_EVERY, folder=tmp_path)
+    assert outcome.violations == []
+    assert outcome.faults.total() >= 15, outcome.faults
+    # The seed and each cluster at least once.
+    assert outcome.tasks_done >= 5
