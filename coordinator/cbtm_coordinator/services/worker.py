@@ -31,6 +31,7 @@ from cbtm_coordinator.store.runs import TRAIN
 _MAX_FILES = 4096
 _MAX_PROBE_BYTES = 16 * 1024 * 1024
 _MAX_DETAIL = 2000
+_MAX_TOKENIZERS = 256
 # A call waits this long for the check of a checkpoint; the worker then asks again after the other.
 _COMMIT_WAIT = 8.0
 _COMMIT_RETRY = timedelta(seconds=2)
@@ -43,6 +44,8 @@ class WorkerServicer(WorkerServiceServicer):
         self._context = context
         self._store = context.store
         self._verifier = verifier
+        # By the run whose they are.
+        self._tokenizers: dict[str, list[FileSpec]] = {}
 
     def Register(self, request: ws.RegisterRequest, context: Any) -> ws.RegisterResponse:
         name = request.name.strip()
@@ -111,7 +114,7 @@ class WorkerServicer(WorkerServiceServicer):
                 checkpoint_interval=duration(policy.checkpoint_seconds),
             ),
             base_model_files=[f.to_proto() for f in self._base_model(tx, run, task)],
-            tokenizer_files=[f.file.to_proto() for f in runs.files(tx, run, "TOKENIZER")],
+            tokenizer_files=[f.to_proto() for f in self._tokenizer(tx, run)],
             resume_from=convert.checkpoint(resume) if resume else None,
         )
 
@@ -119,6 +122,16 @@ class WorkerServicer(WorkerServiceServicer):
         """What the task branches from: the run's seed for an expert, its base model for the seed itself."""
         seed = experts.seed(tx, run.id) if task.kind is TaskKind.EXPERT else None
         return seed.files if seed else [f.file for f in runs.files(tx, run, "BASE_MODEL")]
+
+    def _tokenizer(self, tx: Connection, run: RunRecord) -> list[FileSpec]:
+        """Of a run that has tasks, so that its files are what they stay."""
+        found = self._tokenizers.get(run.data_run_id)
+        if found is None:
+            found = [f.file for f in runs.files(tx, run, "TOKENIZER")]
+            if len(self._tokenizers) >= _MAX_TOKENIZERS:
+                self._tokenizers.clear()
+            self._tokenizers[run.data_run_id] = found
+        return found
 
     def RenewLease(self, request: ws.RenewLeaseRequest, context: Any) -> ws.RenewLeaseResponse:
         # Not recorded by request_id: a renewal repeated is a renewal, and there are ten thousand a minute.
@@ -188,7 +201,7 @@ class WorkerServicer(WorkerServiceServicer):
         return [
             *(convert_file(shard.key, shard.size, shard.sha256) for _, shard in shards),
             *self._base_model(tx, run, task),
-            *(f.file for f in runs.files(tx, run, "TOKENIZER")),
+            *self._tokenizer(tx, run),
             *(resume.files if resume else []),
         ]
 

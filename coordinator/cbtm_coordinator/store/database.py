@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, Engine, create_engine, event, make_url
+from sqlalchemy import Connection, Dialect, Engine, Insert, create_engine, event, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, DisconnectionError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.pool import ConnectionPoolEntry
@@ -23,6 +24,7 @@ from cbtm_common.faults import point
 
 _BUSY_SECONDS = 30
 IDLE_SECONDS = 1.0
+_LATER = "cbtm_insert_later"
 _NETWORK_FILE_SYSTEMS = {
     "nfs",
     "nfs4",
@@ -71,8 +73,13 @@ def writing(engine: Engine) -> Iterator[Connection]:
     """A transaction that may write; commits at the end, rolls back on an exception."""
     try:
         with engine.begin() as connection:
-            yield connection
-            point("database.commit.before")
+            try:
+                yield connection
+                point("database.commit.before")
+                flush(connection, commit=True)
+            finally:
+                if not connection.invalidated:
+                    connection.info.pop(_LATER, None)
         point("database.commit.after")
     except PoolTimeout as error:
         raise Unavailable("the registry's database connections are all busy; try again") from error
@@ -80,6 +87,43 @@ def writing(engine: Engine) -> Iterator[Connection]:
         if isinstance(error, OperationalError) or error.connection_invalidated:
             raise _unavailable(error) from error
         raise
+
+
+def insert_later(tx: Connection, statement: Insert, parameters: Mapping[str, object]) -> None:
+    """Adds a row that nothing in this transaction reads, other than after `flush`.
+
+    On PostgreSQL all such rows and the commit go out together, in one round trip; errors (IntegrityError) come then.
+    """
+    if tx.dialect.name != "postgresql":
+        tx.execute(statement, parameters)
+        return
+    tx.info.setdefault(_LATER, []).append((_sql(statement, tx.dialect, tuple(parameters)), parameters))
+
+
+def flush(tx: Connection, *, commit: bool = False) -> None:
+    """Sends what was to be inserted later; with `commit`, the end of the transaction after it."""
+    rows = tx.info.pop(_LATER, None)
+    if not rows:
+        return
+    driver: Any = tx.connection.driver_connection
+    try:
+        with driver.pipeline(), driver.cursor() as cursor:
+            for sql, parameters in rows:
+                cursor.execute(sql, parameters)
+            if commit:
+                driver.commit()
+    except _driver_error(tx) as error:
+        raise DBAPIError.instance(None, None, error, _driver_error(tx), dialect=tx.dialect) from error
+
+
+def _driver_error(tx: Connection) -> type[Exception]:
+    errors: type[Exception] = tx.dialect.loaded_dbapi.Error
+    return errors
+
+
+@lru_cache(maxsize=64)
+def _sql(statement: Insert, dialect: Dialect, columns: tuple[str, ...]) -> str:
+    return str(statement.compile(dialect=dialect, column_keys=list(columns)))
 
 
 @contextmanager

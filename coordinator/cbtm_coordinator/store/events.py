@@ -8,6 +8,7 @@ from datetime import datetime
 
 from sqlalchemy import Connection, insert, select
 
+from cbtm_coordinator.store.database import flush, insert_later
 from cbtm_coordinator.store.records import EventRecord
 from cbtm_coordinator.tables import events
 
@@ -27,7 +28,8 @@ def append(
     detail: Mapping[str, object] | None = None,
 ) -> None:
     """Adds one line, in the transaction of what it tells of."""
-    tx.execute(
+    insert_later(
+        tx,
         _APPEND,
         {
             "event_time": now,
@@ -46,6 +48,7 @@ def list_events(
     tx: Connection, *, run_id: str = "", task_id: str = "", worker_id: str = "", after_id: int = 0, limit: int = 100
 ) -> list[EventRecord]:
     """Oldest first, with an id greater than `after_id`. With `after_id` 0: the newest `limit`, oldest first."""
+    flush(tx)
     query = select(events)
     for column, value in ((events.c.run_id, run_id), (events.c.task_id, task_id), (events.c.worker_id, worker_id)):
         if value:

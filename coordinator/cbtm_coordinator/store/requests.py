@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from datetime import datetime, timedelta
 
-from sqlalchemy import Connection, Engine, bindparam, delete, select
-from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy import Connection, Engine, bindparam, delete, insert, select
+from sqlalchemy.exc import IntegrityError as ConstraintError
 
 from cbtm_common.errors import CbtmError, InvalidArgument, Unavailable
-from cbtm_coordinator.store.database import reading, writing
+from cbtm_coordinator.store.database import insert_later, reading, writing
 from cbtm_coordinator.tables import requests
 
 # A client gives up long before.
@@ -21,17 +21,7 @@ KEEP = timedelta(days=7)
 
 _NAMES = [column.name for column in requests.primary_key.columns]
 _FIND = select(requests.c.response).where(*(requests.c[name] == bindparam(name) for name in _NAMES))
-# Asked by a returned row: what drivers count for an insertion that did nothing differs.
-_RECORD = {
-    dialect.__name__.rpartition(".")[2]: dialect.insert(requests)
-    .on_conflict_do_nothing()
-    .returning(requests.c.request_id)
-    for dialect in (postgresql, sqlite)
-}
-
-
-class _AnsweredBefore(Exception):
-    """Undoes the transaction of a repetition."""
+_RECORD = insert(requests)
 
 
 def once(
@@ -57,13 +47,11 @@ def once(
             response = answer(tx)
             kept = keep(response)
             if kept:
-                record = _RECORD[tx.dialect.name]
-                if tx.execute(record, {**key, "response": response, "create_time": clock()}).first() is None:
-                    raise _AnsweredBefore
+                insert_later(tx, _RECORD, {**key, "response": response, "create_time": clock()})
     except Unavailable:
         raise
-    except (CbtmError, _AnsweredBefore):
-        # What the first one changed may be why this one fails.
+    except (CbtmError, ConstraintError):
+        # The record is there already; or what the first one changed is why this one fails.
         first = find(engine, **key)
         if first is None:
             raise

@@ -15,7 +15,7 @@ from cbtm_common.ids import cluster_id, new_id
 from cbtm_common.recipe import Recipe
 from cbtm_coordinator.lifecycle import RunState, transition
 from cbtm_coordinator.store import events
-from cbtm_coordinator.store.records import ClusterRecord, NewCluster, RunFile, RunRecord, ShardRecord
+from cbtm_coordinator.store.records import ClusterRecord, NewCluster, NewShard, RunFile, RunRecord, ShardRecord
 from cbtm_coordinator.tables import clusters, run_files, runs, shards
 
 TRAIN, HELD_OUT = "TRAIN", "HELD_OUT"
@@ -146,36 +146,21 @@ def register_clusters(tx: Connection, run: RunRecord, new: Sequence[NewCluster])
             raise InvalidArgument(
                 f"clusters.index: {cluster.cluster_index} is not in 0..{run.cluster_count - 1}", field="clusters.index"
             )
-        new_cluster_id = cluster_id(run.id, cluster.cluster_index)
-        try:
-            tx.execute(
-                insert(clusters).values(
-                    id=new_cluster_id,
-                    run_id=run.id,
-                    cluster_index=cluster.cluster_index,
-                    documents=cluster.documents,
-                    train_tokens=sum(s.tokens for s in cluster.shards if s.split == TRAIN),
-                    held_out_tokens=sum(s.tokens for s in cluster.shards if s.split == HELD_OUT),
-                    top_terms_json=json.dumps(list(cluster.top_terms)),
-                    examples_json=json.dumps(list(cluster.examples)),
-                )
-            )
-        except ConstraintError as error:
-            raise AlreadyExists(f"cluster {cluster.cluster_index} of run {run.name} is registered already") from error
-        for shard in cluster.shards:
-            tx.execute(
-                insert(shards).values(
-                    id=new_id("shard"),
-                    cluster_id=new_cluster_id,
-                    split=shard.split,
-                    ordinal=shard.ordinal,
-                    key=shard.file.key,
-                    size=shard.file.size,
-                    sha256=shard.file.sha256,
-                    tokens=shard.tokens,
-                    documents=shard.documents,
-                )
-            )
+    indices = [cluster.cluster_index for cluster in new]
+    present = select(clusters.c.cluster_index).where(clusters.c.run_id == run.id, clusters.c.cluster_index.in_(indices))
+    taken = tx.execute(present.limit(1)).scalar()
+    if taken is not None:
+        raise AlreadyExists(f"cluster {taken} of run {run.name} is registered already")
+    try:
+        if new:
+            tx.execute(insert(clusters), [_cluster_row(run, cluster) for cluster in new])
+    except ConstraintError as error:
+        raise AlreadyExists(
+            f"clusters of run {run.name} were registered by another call: look, and try again"
+        ) from error
+    rows = [_shard_row(run, cluster, shard) for cluster in new for shard in cluster.shards]
+    if rows:
+        tx.execute(insert(shards), rows)
     tokens_of, documents_of = func.sum(clusters.c.train_tokens), func.sum(clusters.c.documents)
     total = tx.execute(
         select(tokens_of.label("tokens"), documents_of.label("documents")).where(clusters.c.run_id == run.id)
@@ -184,6 +169,33 @@ def register_clusters(tx: Connection, run: RunRecord, new: Sequence[NewCluster])
         update(runs).where(runs.c.id == run.id).values(train_tokens=int(total.tokens), documents=int(total.documents))
     )
     return list_clusters(tx, run)
+
+
+def _cluster_row(run: RunRecord, cluster: NewCluster) -> dict[str, object]:
+    return {
+        "id": cluster_id(run.id, cluster.cluster_index),
+        "run_id": run.id,
+        "cluster_index": cluster.cluster_index,
+        "documents": cluster.documents,
+        "train_tokens": sum(s.tokens for s in cluster.shards if s.split == TRAIN),
+        "held_out_tokens": sum(s.tokens for s in cluster.shards if s.split == HELD_OUT),
+        "top_terms_json": json.dumps(list(cluster.top_terms)),
+        "examples_json": json.dumps(list(cluster.examples)),
+    }
+
+
+def _shard_row(run: RunRecord, cluster: NewCluster, shard: NewShard) -> dict[str, object]:
+    return {
+        "id": new_id("shard"),
+        "cluster_id": cluster_id(run.id, cluster.cluster_index),
+        "split": shard.split,
+        "ordinal": shard.ordinal,
+        "key": shard.file.key,
+        "size": shard.file.size,
+        "sha256": shard.file.sha256,
+        "tokens": shard.tokens,
+        "documents": shard.documents,
+    }
 
 
 def list_clusters(tx: Connection, run: RunRecord, *, after: int = -1, limit: int = 2000) -> list[ClusterRecord]:
