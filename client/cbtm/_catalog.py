@@ -23,7 +23,7 @@ from cbtm._routing import single_router
 from cbtm_api.v1 import catalog_service_pb2 as cs
 from cbtm_api.v1 import resources_pb2 as pb
 from cbtm_common.cache import ContentCache
-from cbtm_common.errors import IntegrityError, InvalidState
+from cbtm_common.errors import IntegrityError, InvalidState, Unavailable
 from cbtm_common.files import FileSpec, safe_join
 from cbtm_common.recipe import Recipe
 from cbtm_common.routing import Router, load_router
@@ -32,6 +32,8 @@ from cbtm_common.shards import read_shard
 from cbtm_common.transfer import Transfer
 
 _PAGE = 200
+# Of listing experts, while they change.
+_ATTEMPTS = 5
 
 
 @dataclass(kw_only=True, eq=False)
@@ -189,16 +191,22 @@ class Catalog:
                 cs.ListExpertsRequest(run=self.run.id, page_size=_PAGE, page_token=token)
             )
 
+        for _ in range(_ATTEMPTS):
+            pages = list(_pages(page_at))
+            # Pages are of one catalog unless an expert was accepted or withdrawn between them.
+            if len({page.catalog_version for page in pages}) == 1:
+                break
+        else:
+            raise Unavailable(f"run {self.run.name}: its experts change faster than they can be listed; try again")
         experts: dict[str, ExpertSource] = {}
         seed: ExpertSource | None = None
-        for page in _pages(page_at):
-            for expert in page.experts:
-                name = f"expert {expert.cluster_index}" if expert.cluster_id else "seed"
-                source = self._source(name, expert.id, expert.files)
-                if expert.cluster_id:
-                    experts[expert.cluster_id] = source
-                else:
-                    seed = source
+        for expert in (expert for page in pages for expert in page.experts):
+            name = f"expert {expert.cluster_index}" if expert.cluster_id else "seed"
+            source = self._source(name, expert.id, expert.files)
+            if expert.cluster_id:
+                experts[expert.cluster_id] = source
+            else:
+                seed = source
         return experts, seed
 
     def _source(self, name: str, place: str, files: Sequence[pb.FileSpec]) -> CatalogSource:

@@ -268,17 +268,12 @@ class CbtmForCausalLM(PreTrainedModel, GenerationMixin):
         `routing` is of this call alone, such as {"top_k": 1}; with a cache, of all calls that share it.
         Raises InvalidArgument for a row without a token, one longer than the context, and ids out of range.
         """
-        refused = [name for name in _REFUSED if options.get(name) is not None and options[name] is not False]
-        if refused:
-            raise InvalidArgument(f"{refused[0]}: an ensemble has no such input or output", field=refused[0])
+        _refuse(options)
         if input_ids is None:
             raise InvalidArgument("input_ids: a shape [B, T] is needed, not None", field="input_ids")
         batch = TokenBatch.of(input_ids, attention_mask)
         if past_key_values is not None and not isinstance(past_key_values, MixtureCache):
-            raise InvalidArgument(
-                f"past_key_values: a {type(past_key_values).__name__} is not this model's; give none, or what it gave",
-                field="past_key_values",
-            )
+            raise _not_its_cache(past_key_values)
         T = batch.columns
         if use_cache and past_key_values is None:
             past_key_values = MixtureCache()
@@ -314,6 +309,12 @@ class CbtmForCausalLM(PreTrainedModel, GenerationMixin):
 
     def generate(self, inputs: torch.Tensor | None = None, *args: Any, **options: Any) -> Any:
         """As in `transformers`. Also ends when the longest row fills the experts' context, where they have a limit."""
+        _refuse(options)
+        cache = options.get("past_key_values")
+        if cache is not None and not isinstance(cache, MixtureCache):
+            raise _not_its_cache(cache)
+        if options.get("cache_implementation") is not None:
+            raise InvalidArgument("cache_implementation: an ensemble has its own", field="cache_implementation")
         limit = self.ensemble.pool.context
         if limit is not None:
             full = _ContextFull(limit, options.get("attention_mask"))
@@ -334,6 +335,11 @@ class CbtmForCausalLM(PreTrainedModel, GenerationMixin):
     @property
     def dtype(self) -> torch.dtype:
         return self.ensemble.pool.dtype
+
+    def resize_token_embeddings(self, *args: Any, **options: Any) -> Any:
+        raise InvalidArgument(
+            "resize_token_embeddings: experts are read only, and share their run's vocabulary", field="vocab_size"
+        )
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         """Of all experts together; none is trainable. Embeddings are counted in any case."""
@@ -366,6 +372,19 @@ def _with_cache(batch: TokenBatch, columns_C: torch.Tensor, cache: MixtureCache)
     log_probs_BMV = cache.read(batch.rows, keep=keep, columns=batch.columns)
     at_BC = torch.arange(len(batch.rows)).unsqueeze(-1) * keep + keep - 1 - back_BC
     return gathered(log_probs_BMV.flatten(0, 1), at_BC, after_BC)
+
+
+def _refuse(options: Mapping[str, Any]) -> None:
+    for name in _REFUSED:
+        if options.get(name) is not None and options[name] is not False:
+            raise InvalidArgument(f"{name}: an ensemble has no such input or output", field=name)
+
+
+def _not_its_cache(cache: object) -> InvalidArgument:
+    return InvalidArgument(
+        f"past_key_values: a {type(cache).__name__} is not this model's; give none, or what it gave",
+        field="past_key_values",
+    )
 
 
 # Would change the result, or is asked for, and there is none. Whatever else generation tools pass along has no effect.

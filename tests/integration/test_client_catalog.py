@@ -54,11 +54,28 @@ def call(name: str, *arguments: str, check: bool = True) -> subprocess.Completed
 
 @dataclass(frozen=True, kw_only=True)
 class TrainedRun:
-    """A complete run "tiny" of two clusters with a dense baseline, and one "young" without any expert."""
+    """A coordinator with a complete run "tiny" of two clusters, its dense baseline, and "young" without any expert."""
 
     target: str
     admin_token: str
     cache: Path
+    root: Path
+    join_token: str
+
+    @property
+    def data(self) -> Path:
+        return self.root / "data"
+
+    def create(self, name: str, *options: str) -> None:
+        create = ["run", "create", "--data-dir", str(self.data), "--corpus", str(self.root / "corpus.jsonl")]
+        create += ["--clusters", "2", "--recipe", str(self.root / "recipe.toml")]
+        call("cbtm-coord", *create, "--from-scratch", str(self.root / "model.json"), "--name", name, *options)
+
+    def train(self, name: str, *, tasks: int | None = None) -> None:
+        """So many tasks of the run, the seed's among them, or all that are open."""
+        join = ["join", "--coordinator", self.target, "--token", self.join_token, "--run", name, "--until-idle"]
+        join += ["--threads", "1", "--cache-dir", str(self.root / "worker")]
+        call("cbtm-worker", *join, *([] if tasks is None else ["--max-tasks", str(tasks)]))
 
 
 @pytest.fixture(scope="module")
@@ -85,15 +102,18 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TrainedRun]:
         join_line = next(line for line in server.stdout if "cbtm-worker join" in line).split()
         token = join_line[join_line.index("--token") + 1]
         target = (data / "coordinator.address").read_text().strip()
-        create = ["run", "create", "--data-dir", str(data), "--corpus", str(root / "corpus.jsonl"), "--clusters", "2"]
-        create += ["--recipe", str(root / "recipe.toml"), "--from-scratch", str(root / "model.json")]
-        call("cbtm-coord", *create, "--name", "tiny", "--baseline")
-        join = ["join", "--coordinator", target, "--token", token, "--until-idle", "--threads", "1"]
-        call("cbtm-worker", *join, "--cache-dir", str(root / "worker"))
-        call("cbtm-coord", *create, "--name", "young")
-        yield TrainedRun(
-            target=target, admin_token=(data / "admin.token").read_text().strip(), cache=root / "client-cache"
+        made = TrainedRun(
+            target=target,
+            admin_token=(data / "admin.token").read_text().strip(),
+            cache=root / "client-cache",
+            root=root,
+            join_token=token,
         )
+        made.create("tiny", "--baseline")
+        for name in ("tiny", "tiny-dense"):
+            made.train(name)
+        made.create("young")
+        yield made
     finally:
         server.terminate()
         server.communicate(timeout=30)
@@ -220,3 +240,36 @@ def test_the_program_tells_an_error_in_one_line_and_by_its_exit_code(run: Traine
     assert wrong.returncode == 1
     assert wrong.stderr == f"cbtm: error: {tmp_path} is no saved ensemble: it has no cbtm.json\n"
     assert call("cbtm", "route", "x", "--top-k", "two", "-e", str(tmp_path), check=False).returncode == 2
+
+
+def test_a_live_ensemble_takes_up_what_the_coordinator_accepts_and_drops_what_it_withdraws(run: TrainedRun) -> None:
+    import sqlite3
+
+    from cbtm import ExpertChanges, InvalidState
+
+    run.create("live")
+    run.train("live", tasks=2)
+    with open_ensemble(run, "live", top_k="all") as model:
+        first, missing = model.clusters[0].id, model.missing_clusters[0]
+        assert len(model.clusters) == 1
+        assert not model.refresh()
+        run.train("live")
+        assert model.refresh() == ExpertChanges(added=(missing,))
+        assert [w.weight > 0 for w in model.route("theorem").weights] == [True, True]
+        assert model.score("river stone").log_prob < 0
+        both = model.score("river stone")
+        call("cbtm-coord", "cluster", "requeue", "0", "--from-start", "--run", "live", "--data-dir", str(run.data))
+        run.train("live")
+        assert model.refresh() == ExpertChanges(replaced=(model.clusters[0].id,))
+        assert model.score("river stone").log_prob == pytest.approx(both.log_prob, abs=1e-5)
+        with sqlite3.connect(run.data / "registry.db") as registry:
+            registry.execute("DELETE FROM experts WHERE run_id = ? AND cluster_index = 0", (model.parts.run_id,))
+        gone = model.refresh().removed
+        assert gone == (min(first, missing),)
+        assert model.missing_clusters == gone
+        score = model.score("river stone")
+        with sqlite3.connect(run.data / "registry.db") as registry:
+            registry.execute("DELETE FROM experts WHERE run_id = ?", (model.parts.run_id,))
+        with pytest.raises(InvalidState, match="0 of 2 experts"):
+            model.refresh()
+        assert model.score("river stone") == score

@@ -273,6 +273,92 @@ def test_caches_hold_up_when_every_row_changes_its_experts_at_every_token(model:
             decoder.reorder([3, 1, 1, 0])
 
 
+def test_each_expert_runs_once_a_step_on_just_the_rows_that_use_it(parts: Any) -> None:
+    from cbtm._decoder import MixtureDecoder
+
+    view = with_k(build(parts), 1)
+    texts = ["river", "xyzzy theorem", "court of the silver garden", "matrix"]
+    after = [view.encode(" " + " ".join(random_texts(2, seed=seed, words=(9, 14))))[:30] for seed in (43, 47, 53, 59)]
+    decoder = MixtureDecoder(view.pool, view.context_router, [[EOS_TOKEN_ID, *view.encode(text)] for text in texts])
+    calls: list[tuple[int, tuple[int, ...]]] = []
+    for index in range(4):
+        view.pool.get(index).register_forward_pre_hook(
+            lambda _, __, options, index=index: calls.append((index, tuple(options["input_ids"].shape))),
+            with_kwargs=True,
+        )
+    caught_up = 0
+    for tokens in zip(*after, strict=True):
+        calls.clear()
+        decoder.log_probs()
+        rows = (decoder.weights > 0).sum(axis=0)
+        assert [index for index, _ in sorted(calls)] == np.flatnonzero(rows).tolist()
+        for index, shape in calls:
+            assert shape[0] == rows[index]
+            caught_up += shape[0] > 1 and shape[1] > 1
+        decoder.push(tokens)
+    assert caught_up > 2, "an expert must catch up beside rows that it was reading"
+
+
+def test_a_row_that_lags_far_behind_many_is_read_apart_from_them() -> None:
+    from cbtm._expert_cache import _groups
+
+    assert _groups({0: 1, 1: 40, 2: 3}) == [[0, 1, 2]]
+    lags = {0: 1, 1: 900, 2: 1, 3: 800, 4: 2}
+    assert _groups(lags) == [[1, 3], [0, 2, 4]]
+
+
+def test_experts_and_clusters_in_another_order_on_disk_give_the_same(model: Any, tmp_path: Path) -> None:
+    import json
+
+    from cbtm import Ensemble
+
+    texts = random_texts(3, seed=67)
+    model.save(tmp_path / "saved")
+    manifest = tmp_path / "saved/cbtm.json"
+    about = json.loads(manifest.read_text())
+    # Folders are renamed among themselves, and the manifest lists clusters backwards.
+    names = [entry["expert"] for entry in about["clusters"]]
+    moved = dict(zip(names, [*names[2:], *names[:2]], strict=True))
+    for name in names:
+        (tmp_path / "saved" / name).rename(tmp_path / "saved" / f"{name}.old")
+    for name in names:
+        (tmp_path / "saved" / f"{name}.old").rename(tmp_path / "saved" / moved[name])
+    for entry in about["clusters"]:
+        entry["expert"] = moved[entry["expert"]]
+    about["clusters"].reverse()
+    about["files"] = {
+        next((path.replace(old, new, 1) for old, new in moved.items() if path.startswith(old + "/")), path): spec
+        for path, spec in about["files"].items()
+    }
+    manifest.write_text(json.dumps(about))
+    again = Ensemble.load(tmp_path / "saved")
+    assert again.clusters == model.clusters
+    assert again.perplexity(texts) == model.perplexity(texts)
+    assert again.generate(texts, max_new_tokens=6) == model.generate(texts, max_new_tokens=6)
+
+
+def test_a_router_of_another_kind_routes_scoring_and_generation_alike(parts: Any, tmp_path: Path) -> None:
+    import dataclasses
+
+    from cbtm import Ensemble, InvalidArgument
+    from tests.support.routers import LinearRouter
+
+    router = LinearRouter.random([cluster.id for cluster in reversed(parts.clusters)])
+    other = build(dataclasses.replace(parts, router=router))
+    texts = random_texts(4, seed=71, words=(2, 5))
+    for text, generation in zip(texts, other.generate(texts, max_new_tokens=6), strict=True):
+        assert list(generation.token_ids) == greedy_by_brute_force(other, text, top_k=2, tokens=6)
+    other.save(tmp_path / "saved")
+    assert Ensemble.load(tmp_path / "saved").score(texts) == other.score(texts)
+    with pytest.raises(InvalidArgument, match="distance: a linear router has none"):
+        other.with_routing(distance="quartic").score("river")
+
+
+def test_routing_of_one_generation_is_of_that_alone(model: Any) -> None:
+    found = model.generate("river stone", max_new_tokens=8, routing={"top_k": 1, "policy": "prompt"})
+    assert found == model.with_routing(top_k=1, policy="prompt").generate("river stone", max_new_tokens=8)
+
+
 def test_sampling_repeats_with_its_seed_and_stays_within_its_bounds(model: Any) -> None:
     prompts = random_texts(2, seed=37, words=(1, 3))
     options = {"max_new_tokens": 12, "temperature": 1.0}
@@ -358,6 +444,31 @@ class TestMistakes:
         make_tiny_model(tmp_path / "model1", architecture="gpt2", vocab_size=300, hidden_size=16)
         with pytest.raises(InvalidArgument, match="model_type is 'gpt2' in one and 'llama' in the other"):
             build(parts)
+
+    def test_experts_of_two_contexts(self, tmp_path: Path) -> None:
+        from cbtm import InvalidArgument
+        from tests.support.models import make_tiny_model
+
+        parts = make_parts(tmp_path, experts=2)
+        make_tiny_model(tmp_path / "model1", vocab_size=300, hidden_size=16, context=32)
+        with pytest.raises(InvalidArgument, match="max_position_embeddings is 32 in one and 64 in the other"):
+            build(parts)
+
+    def test_an_expert_that_brings_another_tokenizer(self, tmp_path: Path) -> None:
+        import shutil
+
+        from cbtm import InvalidArgument
+        from tests.support.ensembles import WORDS
+        from tests.support.models import make_tiny_tokenizer
+
+        parts = make_parts(tmp_path, experts=2)
+        shutil.copyfile(tmp_path / "tokenizer/tokenizer.json", tmp_path / "model0/tokenizer.json")
+        make_tiny_tokenizer(tmp_path / "other", [" ".join(WORDS[12:])] * 3, vocab_size=300)
+        shutil.copyfile(tmp_path / "other/tokenizer.json", tmp_path / "model1/tokenizer.json")
+        model = build(parts)
+        assert model.with_routing(weights=[1.0, 0.0]).score("river").log_prob < 0
+        with pytest.raises(InvalidArgument, match="expert 1: its tokenizer is not the ensemble's"):
+            model.with_routing(weights=[0.0, 1.0]).score("river")
 
     def test_a_tokenizer_with_more_ids_than_the_experts_know(self, tmp_path: Path) -> None:
         from cbtm import InvalidArgument

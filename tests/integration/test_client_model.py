@@ -108,6 +108,8 @@ class TestForward:
             np.testing.assert_allclose(logits.exp().sum(-1).numpy(), 1.0, atol=1e-5)
             for b, row in enumerate(rows):
                 expected = model.ensemble.log_probs([row])[0].numpy()
+                whole = model.ensemble.log_probs(batch["input_ids"], batch["attention_mask"])
+                np.testing.assert_allclose(whole[b].numpy(), logits[b].numpy(), atol=1e-5)
                 at = slice(width - len(row), None) if side == "left" else slice(None, len(row))
                 np.testing.assert_allclose(logits[b, at].numpy(), expected, atol=1e-5)
                 np.testing.assert_allclose(
@@ -179,13 +181,13 @@ class TestGenerate:
     @pytest.mark.parametrize("top_k", TOP_K)
     def test_greedy_in_a_left_padded_batch_equals_brute_force_of_each_row(self, any_k: Any, top_k: int) -> None:
         model = any_k(top_k)
-        rows = prompts_of(model, 12, seed=11, words=(1, 4))
+        rows = prompts_of(model, 100, seed=11, words=(1, 4))
         batch = padded(rows, "left")
-        output = model.generate(**batch, max_new_tokens=8, do_sample=False, pad_token_id=EOS_TOKEN_ID)
+        output = model.generate(**batch, max_new_tokens=6, do_sample=False, pad_token_id=EOS_TOKEN_ID)
         width = batch["input_ids"].shape[1]
         assert output[:, :width].tolist() == batch["input_ids"].tolist()
         for row, found in zip(rows, new_tokens(output, width), strict=True):
-            assert found == brute_greedy(model, row, top_k=top_k, tokens=8)
+            assert found == brute_greedy(model, row, top_k=top_k, tokens=6)
 
     def test_greedy_equals_the_ensembles_own_generation(self, model: Any) -> None:
         for text in random_texts(4, seed=12):
@@ -307,6 +309,50 @@ class TestGenerate:
         )
         assert output.shape[1] == CONTEXT
 
+    def test_routing_of_one_call_is_of_that_call_alone(self, model: Any) -> None:
+        import torch
+
+        batch = padded(prompts_of(model, 3, seed=59), "left")
+        options = {"max_new_tokens": 8, "pad_token_id": EOS_TOKEN_ID}
+        before = (model.generate(**batch, **options).tolist(), model.config.to_dict(), model.ensemble.routing)
+        for change in (
+            {"top_k": 1},
+            {"top_k": "all", "temperature": 3.0},
+            {"policy": "prompt"},
+            {"weights": {"run_x-c0002": 1.0}},
+            {"policy": "fixed", "weights": [0.0, 0.5, 0.5, 0.0]},
+            {"distance": "quartic", "top_k": 3},
+        ):
+            model.set_routing(**change)
+            expected = model.generate(**batch, **options).tolist()
+            logits = None if change.get("policy") == "prompt" else model(**batch).logits
+            again = {"weights": None, "policy": "prefix", "top_k": 2, "temperature": 0.3, "distance": "squared"}
+            model.set_routing(**again)
+            assert model.generate(**batch, **options, routing=change).tolist() == expected
+            beams = model.generate(**batch, **options, num_beams=2, routing=change)
+            assert beams.shape[0] == 3
+            if logits is not None:
+                assert torch.equal(model(**batch, routing=change).logits, logits)
+        assert (model.generate(**batch, **options).tolist(), model.config.to_dict(), model.ensemble.routing) == before
+
+    def test_a_cache_keeps_the_routing_that_it_began_with(self, model: Any) -> None:
+        import torch
+
+        from cbtm import InvalidArgument
+
+        ids = torch.tensor(prompts_of(model, 1, seed=61))
+        cache = model(ids, use_cache=True, routing={"top_k": 1}).past_key_values
+        more = torch.tensor([[7]])
+        both = torch.cat([ids, more], dim=1)
+        found = model(more, past_key_values=cache).logits[0, -1]
+        np.testing.assert_allclose(found.numpy(), model(both, routing={"top_k": 1}).logits[0, -1].numpy(), atol=1e-5)
+        with pytest.raises(InvalidArgument, match="routing: past_key_values was made with another"):
+            model(more, past_key_values=cache, routing={"top_k": 2})
+        with pytest.raises(InvalidArgument, match="top_k: 5 is not between 1 and 4"):
+            model.generate(ids, max_new_tokens=2, pad_token_id=0, routing={"top_k": 5})
+        with pytest.raises(InvalidArgument, match="routing: 'topk' is not one of"):
+            model(ids, routing={"topk": 1})
+
     def test_routing_once_on_the_prompt(self, model: Any) -> None:
         ids = prompts_of(model, 1, seed=41)[0]
         weights = model.ensemble.context_router.positions([*ids, 0], len(ids))[0]
@@ -421,6 +467,8 @@ class TestMistakes:
             model(ids, torch.tensor([[1, 1, 1], [0, 0, 0]]))
         with pytest.raises(InvalidArgument, match="input_ids: a shape"):
             model(ids[:, :0])
+        with pytest.raises(InvalidArgument, match=r"attention_mask: its shape \[2, 2\] does not fit"):
+            model(ids, torch.ones((2, 2)))
         with pytest.raises(InvalidArgument, match="ids are from 0 to 299"):
             model(torch.tensor([[300]]))
         with pytest.raises(InvalidArgument, match="row 1 has 65 tokens, and the experts' context holds 64"):
