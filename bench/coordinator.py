@@ -3,10 +3,10 @@
     python -m bench.coordinator [--quick] [--database sqlite]
 
 Renewals at the pace of 10,000 live leases, renewals as fast as they go, full cycles (acquire, prepare, commit,
-release), the coordinator's memory, and the cost of each call as the registry grows. PostgreSQL runs with fsync on. The load
-generator shares the machine's cores with what it measures. What a cycle uploads is put into the store beside the
-coordinator, as an S3 server takes it, and verified by the coordinator; and once more through the coordinator's own HTTP
-endpoint. The published figure beside the cycles is BOINC's: 8.8 million tasks a day on one server, 102 a second.
+release), the coordinator's memory, and the cost of each call as the registry grows. PostgreSQL runs with fsync on.
+The load generator shares the machine's cores with what it measures. What a cycle uploads is put into the store beside
+the coordinator, as an S3 server takes it, and verified by the coordinator; and once more through the coordinator's own
+HTTP endpoint. The published figure beside the cycles is BOINC's: 8.8 million tasks a day on one server, 102 a second.
 """
 
 from __future__ import annotations

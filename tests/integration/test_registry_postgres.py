@@ -17,7 +17,7 @@ from cbtm_common.errors import CbtmError, LeaseLost, Unavailable
 from cbtm_coordinator import migrations
 from cbtm_coordinator.lifecycle import RunState, TaskState
 from cbtm_coordinator.store import Store, checkpoints, leases, requeue, runs, tasks
-from cbtm_coordinator.store.database import IDLE_SECONDS
+from cbtm_coordinator.store.database import IDLE_SECONDS, open_engine, writing
 from cbtm_coordinator.store.records import LeaseRecord
 from cbtm_coordinator.tables import leases as leases_table
 from tests.support.postgres import PostgresServer, postgres
@@ -294,10 +294,39 @@ def test_a_connection_that_the_server_closed_while_it_lay_idle_is_replaced(regis
 
 def test_a_connection_that_the_server_closes_in_use_is_said_to_be_unavailable_and_replaced(registry: Registry) -> None:
     run = registry.run()
-    with pytest.raises(Unavailable, match="cannot be used now"), registry.store.writing() as tx:
-        _terminate_connections(registry)
-        runs.get(tx, run.id)
+
+    def lose_it() -> None:
+        with registry.store.writing() as tx:
+            _terminate_connections(registry)
+            runs.get(tx, run.id)
+
+    with pytest.raises(Unavailable, match="cannot be used now"):
+        lose_it()
     assert registry.get_run(run).name == "web"
+
+
+def test_a_statement_that_takes_too_long_is_ended_and_said_to_be_unavailable(postgres: PostgresServer) -> None:
+    engine = open_engine(postgres.url(), statement_seconds=0.1)
+    with pytest.raises(Unavailable, match="statement timeout"), writing(engine) as tx:
+        tx.execute(text("SELECT pg_sleep(30)"))
+    engine.dispose()
+
+
+def test_a_coordinator_that_stops_in_a_transaction_keeps_no_lock(registry: Registry, postgres: PostgresServer) -> None:
+    registry.run(clusters=1)
+    lease = registry.lease()
+    stopped = open_engine(registry.store.engine.url.render_as_string(hide_password=False), idle_seconds=0.2)
+
+    def hang() -> None:
+        with writing(stopped) as tx:
+            tasks.get_task(tx, lease.task_id, lock=True)
+            # Longer than the server waits; meanwhile somebody needs the row.
+            assert registry.release(lease)[1].state is TaskState.PENDING
+            tasks.get_task(tx, lease.task_id)
+
+    with pytest.raises(Unavailable):
+        hang()
+    stopped.dispose()
 
 
 def test_coordinators_that_upgrade_at_once_wait_for_one_another(postgres: PostgresServer) -> None:

@@ -15,7 +15,7 @@ from alembic.autogenerate import compare_metadata
 from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import Connection, Engine, func, select
+from sqlalchemy import Connection, Engine, func, select, text
 
 from cbtm_common.errors import InternalError
 from cbtm_coordinator.tables import metadata
@@ -41,6 +41,8 @@ def upgrade(engine: Engine) -> None:
         try:
             with connection.begin():
                 if engine.dialect.name == "postgresql":
+                    # A large table may take its time.
+                    connection.execute(text("SET LOCAL statement_timeout = 0"))
                     connection.execute(select(func.pg_advisory_xact_lock(_UPGRADE_LOCK)))
                 command.upgrade(config(connection), "head")
                 if engine.dialect.name == "sqlite":

@@ -41,8 +41,13 @@ _NETWORK_FILE_SYSTEMS = {
 }
 
 
-def open_engine(url: str, *, pool_size: int = 20) -> Engine:
+def open_engine(
+    url: str, *, pool_size: int = 20, statement_seconds: float = 30.0, idle_seconds: float = 15.0
+) -> Engine:
     """An engine for `sqlite:///PATH` or `postgresql+psycopg://…`. Connects lazily.
+
+    PostgreSQL ends a statement after `statement_seconds`, and a transaction that nothing happens in after
+    `idle_seconds`: a coordinator that is stopped, or cut off, keeps no lock that others need.
 
     Raises InvalidArgument for other databases, and for SQLite on a network file system.
     """
@@ -53,7 +58,11 @@ def open_engine(url: str, *, pool_size: int = 20) -> Engine:
     backend = parsed.get_backend_name()
     if backend == "postgresql":
         engine = create_engine(
-            parsed.set(drivername="postgresql+psycopg"), pool_size=pool_size, max_overflow=0, pool_timeout=30
+            parsed.set(drivername="postgresql+psycopg"),
+            pool_size=pool_size,
+            max_overflow=0,
+            pool_timeout=30,
+            connect_args={"options": _session(statement_seconds, idle_seconds), "connect_timeout": 10},
         )
         _ping_idle(engine)
         return engine
@@ -66,6 +75,18 @@ def open_engine(url: str, *, pool_size: int = 20) -> Engine:
     engine = create_engine(parsed, connect_args={"timeout": _BUSY_SECONDS, "check_same_thread": False})
     _prepare_sqlite(engine)
     return engine
+
+
+def _session(statement_seconds: float, idle_seconds: float) -> str:
+    settings = {
+        "statement_timeout": int(1000 * statement_seconds),
+        "idle_in_transaction_session_timeout": int(1000 * idle_seconds),
+        # The other side of a link that broke silently is noticed within a minute.
+        "tcp_keepalives_idle": 30,
+        "tcp_keepalives_interval": 10,
+        "tcp_keepalives_count": 3,
+    }
+    return " ".join(f"-c {name}={value}" for name, value in settings.items())
 
 
 @contextmanager
