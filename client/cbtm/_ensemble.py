@@ -19,7 +19,8 @@ from cbtm._decoder import MixtureDecoder
 from cbtm._folder import load_parts, save_parts
 from cbtm._forward import TokenBatch, batch_log_probs
 from cbtm._generate import GenerateOptions, generate
-from cbtm._members import Members, TopK, assemble, first_routing, renewed
+from cbtm._members import Members, assemble, first_routing, renewed
+from cbtm._members import TopK as TopK
 from cbtm._parts import ClusterInfo, EnsembleParts, ExpertChanges
 from cbtm._residency import ExpertPool, Placement, Residency
 from cbtm._results import ClusterWeight, Generation, PerplexityResult, Routing, Score, perplexity_of

@@ -25,7 +25,7 @@ from typing import Any
 from cbtm._parts import ClusterInfo, EnsembleParts
 from cbtm._routing import RoutingOptions
 from cbtm_common.errors import AlreadyExists, IntegrityError, InvalidArgument, NotFound
-from cbtm_common.files import describe, hash_file, safe_join
+from cbtm_common.files import check_relative, describe, hash_file, safe_join
 from cbtm_common.recipe import Recipe
 from cbtm_common.routing import load_router
 
@@ -46,10 +46,10 @@ class FolderSource:
     _checked: bool = field(default=False)
 
     def config_path(self) -> Path:
-        return safe_join(self.root, f"{self.relative}/config.json")
+        return _within(self.root, f"{self.relative}/config.json")
 
     def directory(self) -> Path:
-        path = safe_join(self.root, self.relative)
+        path = _within(self.root, self.relative)
         if not path.is_dir():
             raise IntegrityError(f"{self.name}: {path} is missing; copy the whole ensemble folder")
         if not self._checked:
@@ -216,11 +216,16 @@ def _copy(source: Path, target: Path) -> Path:
     return target
 
 
+def _within(root: Path, relative: str) -> Path:
+    """Links are followed: the Hub's client keeps a repository's files elsewhere, and links to them."""
+    return root / check_relative(relative)
+
+
 def _verify(root: Path, prefix: str, digests: Mapping[str, tuple[int, str]], *, name: str) -> None:
     for relative, expected in digests.items():
         if not relative.startswith(prefix):
             continue
-        path = safe_join(root, relative)
+        path = _within(root, relative)
         if not path.is_file():
             raise IntegrityError(f"{name}: {path} is missing; copy the whole ensemble folder")
         if hash_file(path) != expected:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-class ExpertSource(Protocol):
-    """One expert's files, wherever they are."""
+class ExpertSource(Hashable, Protocol):
+    """One expert's files, wherever they are. The same object stands for the same files."""
 
     @property
     def name(self) -> str:
@@ -122,7 +122,7 @@ class Residency:
     @property
     def resident(self) -> tuple[ExpertSource, ...]:
         """On a device that computes, least recently used first."""
-        return tuple(source for source in self._budget.resident if source in self._models)  # type: ignore[misc]
+        return tuple(source for source in self._budget.resident if source in self._models)
 
     @property
     def offloaded(self) -> tuple[ExpertSource, ...]:
