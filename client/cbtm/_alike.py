@@ -25,13 +25,15 @@ _SHARED = {
 }
 
 
-class _Source(Protocol):
+class ConfigSource(Protocol):
+    """An expert by its name and its config.json."""
+
     @property
     def name(self) -> str: ...
     def config_path(self) -> Path: ...
 
 
-def check_alike(sources: Sequence[_Source]) -> None:
+def check_alike(sources: Sequence[ConfigSource]) -> None:
     """Raises InvalidArgument unless all experts' config.json agree in what they must share."""
     first: dict[str, Any] | None = None
     for source in sources:
@@ -85,7 +87,7 @@ def _digest(path: Path, modified: int, size: int) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def _read_json(source: _Source) -> dict[str, Any]:
+def _read_json(source: ConfigSource) -> dict[str, Any]:
     path = source.config_path()
     try:
         config = json.loads(path.read_text("utf-8"))

@@ -24,100 +24,18 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from cbtm._config import CbtmConfig
-from cbtm._decoder import MixtureDecoder
 from cbtm._ensemble import Ensemble
 from cbtm._folder import AUTO_MAP, ensemble_config
-from cbtm._forward import TokenBatch, batch_log_probs, gathered
+from cbtm._forward import TokenBatch, batch_log_probs
 from cbtm._hub import pull, push
+from cbtm._model_cache import MixtureCache
 from cbtm._parts import ExpertChanges
-from cbtm._residency import ExpertPool, check_device
+from cbtm._pretrained import placement_options, take_config_options
 from cbtm._routing import ContextRouter, RoutingChange
 from cbtm_common.errors import InvalidArgument
 
 if TYPE_CHECKING:
     from cbtm._ensemble import TopK
-
-
-class MixtureCache(Cache):
-    """`past_key_values` of an ensemble: the contexts so far, with keys and values for each expert that read them."""
-
-    def __init__(self) -> None:
-        super().__init__(layers=[])
-        self._decoder: MixtureDecoder | None = None
-        self._pool: ExpertPool | None = None
-        # Columns of input_ids read so far, padding included.
-        self.columns = 0
-
-    @property
-    def begins(self) -> bool:
-        """Whether it has read nothing yet."""
-        return self._decoder is None
-
-    def begin(self, pool: ExpertPool, router: ContextRouter, rows: int) -> None:
-        """Experts and routing from here on, whatever becomes of the model."""
-        self._pool = pool
-        self._decoder = MixtureDecoder(pool, router, [[] for _ in range(rows)])
-
-    def read(self, rows: list[list[int]], *, keep: int, columns: int) -> torch.Tensor:
-        """More tokens for each row; log-probabilities after each of the last `keep`, [B, keep, V]."""
-        assert self._decoder is not None, "begin comes first"
-        self.columns += columns
-        return self._decoder.extend(rows, keep)
-
-    @property
-    def pool(self) -> ExpertPool:
-        assert self._pool is not None, "begin comes first"
-        return self._pool
-
-    @property
-    def router(self) -> ContextRouter:
-        assert self._decoder is not None, "begin comes first"
-        return self._decoder.router
-
-    @property
-    def lengths(self) -> list[int]:
-        """Tokens of each row so far; empty before the first."""
-        return [] if self._decoder is None else [len(ids) for ids in self._decoder.contexts]
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return self.columns
-
-    def get_max_length(self, layer_idx: int | None = None) -> int:
-        return -1
-
-    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        if self._decoder is not None:
-            self._decoder.reorder([int(i) for i in beam_idx.tolist()])
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        self.reorder_cache(indices)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self.reorder_cache(torch.arange(len(self.lengths)).repeat_interleave(repeats))
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Takes `-tokens_to_remove` tokens off the end of every row, as transformers' caches do."""
-        tokens = -int(tokens_to_remove)
-        if tokens < 0:
-            raise InvalidArgument(f"tokens_to_remove: {-tokens} is above 0", field="tokens_to_remove")
-        if tokens > 0 and self._decoder is not None:
-            self._decoder.crop(tokens)
-            self.columns -= tokens
-
-    def activate_past_recording(self) -> None:
-        """Nothing to do: every position can be cropped to."""
-
-    @property
-    def is_compileable(self) -> bool:
-        return False
-
-    @property
-    def is_croppable(self) -> bool:
-        return True
-
-    @property
-    def is_initialized(self) -> bool:
-        return True
 
 
 class _ContextFull(StoppingCriteria):
@@ -182,13 +100,13 @@ class CbtmForCausalLM(PreTrainedModel, GenerationMixin):
         folder = pull(pretrained_model_name_or_path, options)
         if not isinstance(config, CbtmConfig):
             config = CbtmConfig.from_pretrained(config or folder, local_files_only=True)
-        _apply(config, options)
+        take_config_options(config, options)
         dtype = dtype if dtype is not None else options.pop("torch_dtype", None)
         ensemble = Ensemble.load(
             folder,
             top_k=config.num_experts_per_tok,
             temperature=config.routing_temperature,
-            **_placement(device_map),
+            **placement_options(device_map),
             dtype=None if dtype is None else str(dtype).removeprefix("torch."),
             max_experts=max_experts,
             max_bytes=max_bytes,
@@ -295,7 +213,7 @@ class CbtmForCausalLM(PreTrainedModel, GenerationMixin):
                 columns_C = (
                     torch.arange(T)[-logits_to_keep:] if isinstance(logits_to_keep, int) else logits_to_keep.cpu()
                 )
-                logits = _with_cache(batch, columns_C, past_key_values)
+                logits = past_key_values.read_batch(batch, columns_C)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels.to(logits.device), vocab_size=logits.shape[-1])
@@ -364,16 +282,6 @@ class CbtmForCausalLM(PreTrainedModel, GenerationMixin):
         return files
 
 
-def _with_cache(batch: TokenBatch, columns_C: torch.Tensor, cache: MixtureCache) -> torch.Tensor:
-    after_BC = batch.after(columns_C)
-    # Counted from the last token, of which all rows have one.
-    back_BC = torch.tensor([len(row) for row in batch.rows]).unsqueeze(-1) - 1 - after_BC
-    keep = int(back_BC[after_BC >= 0].max()) + 1 if bool((after_BC >= 0).any()) else 1
-    log_probs_BMV = cache.read(batch.rows, keep=keep, columns=batch.columns)
-    at_BC = torch.arange(len(batch.rows)).unsqueeze(-1) * keep + keep - 1 - back_BC
-    return gathered(log_probs_BMV.flatten(0, 1), at_BC, after_BC)
-
-
 def _refuse(options: Mapping[str, Any]) -> None:
     for name in _REFUSED:
         if options.get(name) is not None and options[name] is not False:
@@ -389,48 +297,3 @@ def _not_its_cache(cache: object) -> InvalidArgument:
 
 # Would change the result, or is asked for, and there is none. Whatever else generation tools pass along has no effect.
 _REFUSED = ("inputs_embeds", "position_ids", "output_attentions", "output_hidden_states")
-# Options of from_pretrained that do not matter: experts are always loaded so.
-_LOADING = frozenset(
-    "trust_remote_code use_safetensors low_cpu_mem_usage weights_only adapter_kwargs code_revision attn_implementation "
-    "_from_auto offload_folder ignore_mismatched_sizes _commit_hash".split()
-)
-
-
-def _apply(config: CbtmConfig, options: dict[str, Any]) -> None:
-    """Takes config fields out of `options`. Raises InvalidArgument for what is neither one nor of no matter."""
-    for name in list(options):
-        value = options[name]
-        if name in _LOADING or value is None or value == "":
-            del options[name]
-        elif name in CbtmConfig.__dataclass_fields__:
-            setattr(config, name, options.pop(name))
-    left = sorted(set(options) - {"torch_dtype"})
-    if left:
-        raise InvalidArgument(f"{left[0]}: from_pretrained of an ensemble takes no such option", field=left[0])
-
-
-def _placement(device_map: str | int | torch.device | Mapping[Any, Any] | None) -> dict[str, Any]:
-    """`device` or `device_map` of `Ensemble.load`."""
-    if isinstance(device_map, Mapping) and set(device_map) == {""}:
-        device_map = device_map[""]
-    if isinstance(device_map, Mapping):
-        return {"device_map": {_expert(key): _device(value) for key, value in device_map.items()}}
-    if device_map == "auto":
-        return {"device_map": "auto"}
-    return {} if device_map is None else {"device": _device(device_map)}
-
-
-def _expert(key: Any) -> str:
-    """An expert's name by its index, or by its folder."""
-    text = str(key).removeprefix("experts/")
-    if not text.isdecimal():
-        raise InvalidArgument(
-            f"device_map: {key!r} is no expert: experts are not split over devices; give their indices, such as "
-            '{0: "cuda:0", 1: "cuda:1"}, one device for all, or "auto"',
-            field="device_map",
-        )
-    return f"expert {int(text)}"
-
-
-def _device(value: Any) -> str:
-    return str(check_device(f"cuda:{value}" if isinstance(value, int) else str(value)))
