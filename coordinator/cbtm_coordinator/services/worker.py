@@ -209,7 +209,7 @@ class WorkerServicer(WorkerServiceServicer):
         return leases.require(tx, lease_id, epoch, caller.get().id)
 
     def PrepareUpload(self, request: ws.PrepareUploadRequest, context: Any) -> ws.PrepareUploadResponse:
-        with self._store.writing() as tx:
+        with self._store.writing(by_statement=True) as tx:
             lease, task = self._held(tx, request.lease_id, request.epoch)
             prefix = f"runs/{task.run_id}/tasks/{task.id}/e{lease.epoch:08d}/s{request.step:010d}"
             files = checked_files(request.files, maximum=_MAX_FILES, prefix=prefix)

@@ -66,9 +66,9 @@ class Store:
         self.now = clock
         self._renewals = Group(self._renew)
 
-    def writing(self) -> AbstractContextManager[Connection]:
-        """A transaction that may write."""
-        return writing(self.engine)
+    def writing(self, *, by_statement: bool = False) -> AbstractContextManager[Connection]:
+        """A transaction that may write; with `by_statement`, each statement may be one of its own."""
+        return writing(self.engine, by_statement=by_statement)
 
     def reading(self) -> AbstractContextManager[Connection]:
         """A transaction that only reads."""

@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 
-from sqlalchemy import Connection, and_, bindparam, case, func, or_, select, update
+from sqlalchemy import Connection, and_, bindparam, case, func, literal, or_, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 
 from cbtm_common.errors import InvalidArgument, InvalidState, LeaseLost, NotFound, PermissionDenied
@@ -36,8 +36,31 @@ MODEL_PREFIX = "model"
 KEEP_COMMITTED = 2
 
 
+# In the order of the statement below.
+_NEW_COLUMNS = ("id", "task_id", "lease_id", "epoch", "step", "state", "final", "files_json", "create_time")
+_NEW = (
+    select(
+        bindparam("new_id", type_=checkpoints.c.id.type),
+        leases_table.c.task_id,
+        leases_table.c.id,
+        leases_table.c.epoch,
+        bindparam("new_step", type_=checkpoints.c.step.type),
+        literal(CheckpointState.UPLOADING.value, checkpoints.c.state.type),
+        tasks_table.c.total_steps == bindparam("new_step", type_=checkpoints.c.step.type),
+        bindparam("new_files_json", type_=checkpoints.c.files_json.type),
+        bindparam("new_create_time", type_=checkpoints.c.create_time.type),
+    )
+    .join_from(leases_table, tasks_table, tasks_table.c.id == leases_table.c.task_id)
+    .where(
+        leases_table.c.id == bindparam("of_lease"),
+        leases_table.c.state == LeaseState.LIVE.value,
+        tasks_table.c.committed_step < bindparam("new_step"),
+        tasks_table.c.total_steps >= bindparam("new_step"),
+    )
+)
 _BEGIN = {
     dialect.__name__.rpartition(".")[2]: dialect.insert(checkpoints)
+    .from_select(_NEW_COLUMNS, _NEW)
     .on_conflict_do_nothing(index_elements=[checkpoints.c.task_id, checkpoints.c.epoch, checkpoints.c.step])
     .returning(checkpoints)
     for dialect in (postgresql, sqlite)
@@ -53,26 +76,25 @@ def begin(
     step: int,
     files: Sequence[FileSpec],
 ) -> CheckpointRecord:
-    """Opens a checkpoint of a live lease, or finds it again when the same one was begun before."""
+    """Opens a checkpoint of a live lease, or finds it again when the same one was begun before.
+
+    Each statement stands for itself (`Store.writing(by_statement=True)`). Raises LeaseLost, InvalidArgument.
+    """
     files_json = files_to_json(files)
-    if task.committed_step < step <= task.total_steps:
-        new = {
-            "id": new_id("ckpt"),
-            "task_id": task.id,
-            "lease_id": lease.id,
-            "epoch": lease.epoch,
-            "step": step,
-            "state": CheckpointState.UPLOADING.value,
-            "final": step == task.total_steps,
-            "files_json": files_json,
-            "create_time": now,
-        }
-        row = tx.execute(_BEGIN[tx.dialect.name], new).one_or_none()
-        if row is not None:
-            return CheckpointRecord.of(row)
+    new = {
+        "new_id": new_id("ckpt"),
+        "new_step": step,
+        "new_files_json": files_json,
+        "new_create_time": now,
+        "of_lease": lease.id,
+    }
+    row = tx.execute(_BEGIN[tx.dialect.name], new).one_or_none()
+    if row is not None:
+        return CheckpointRecord.of(row)
     where = (checkpoints.c.task_id == task.id, checkpoints.c.epoch == lease.epoch, checkpoints.c.step == step)
     present = tx.execute(select(checkpoints).where(*where)).one_or_none()
     if present is None:
+        _, task = leases.require(tx, lease.id, lease.epoch, lease.worker_id)
         raise InvalidArgument(
             f"step: {step} is not after the committed step {task.committed_step} and at most {task.total_steps}",
             field="step",
@@ -80,8 +102,12 @@ def begin(
     if present.state != CheckpointState.UPLOADING.value or present.files_json == files_json:
         return CheckpointRecord.of(present)
     # Written anew after a crash, with other bytes (a time in a header, say): nobody has seen the first.
-    changed = tx.execute(update(checkpoints).where(*where).values(files_json=files_json).returning(checkpoints))
-    return CheckpointRecord.of(changed.one())
+    tx.execute(
+        update(checkpoints)
+        .where(*where, checkpoints.c.state == CheckpointState.UPLOADING.value)
+        .values(files_json=files_json)
+    )
+    return get(tx, present.id)
 
 
 def get(tx: Connection, checkpoint_id: str) -> CheckpointRecord:
