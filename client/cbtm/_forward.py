@@ -140,14 +140,19 @@ def position_log_probs(
                 used.append((row, places + first))
         for batch in _batches(used, pool.vocabulary):
             width = max(int(positions[-1]) + 1 for _, positions in batch)
-            begin = min(int(positions[0]) for _, positions in batch)
+            # Only where some row needs them are there logits.
+            kept = np.unique(np.concatenate([positions for _, positions in batch]))
             filler = 1 if model.config.get_text_config().pad_token_id == 0 else 0
             ids = [[*contexts[row][:width], *[filler] * (width - len(contexts[row]))] for row, _ in batch]
             with torch.inference_mode():
                 logits_RWV = model(
-                    input_ids=torch.tensor(ids, device=model.device), use_cache=False, logits_to_keep=width - begin
+                    input_ids=torch.tensor(ids, device=model.device),
+                    use_cache=False,
+                    logits_to_keep=torch.from_numpy(kept).to(model.device),
                 ).logits
-            at_P = np.concatenate([r * (width - begin) + positions - begin for r, (_, positions) in enumerate(batch)])
+            at_P = np.concatenate(
+                [r * len(kept) + np.searchsorted(kept, positions) for r, (_, positions) in enumerate(batch)]
+            )
             into_P = np.concatenate([starts[row] + positions - firsts[row] for row, positions in batch])
             flat_PV = logits_RWV.reshape(-1, logits_RWV.shape[-1])
             if len(at_P) < len(flat_PV):

@@ -154,13 +154,16 @@ def _run(
             start, end = job.window.start, int(job.positions[-1])
             rows.append([*sequences[job.window.sequence].ids[start:end], *[_filler(model)] * (width - end + start)])
         # Padding stands at the right, where nothing that counts can see it: no mask is needed.
-        first = min(int(job.positions[0]) - 1 - job.window.start for job in batch)
+        # Only where some row needs them are there logits.
+        kept = np.unique(np.concatenate([job.positions - 1 - job.window.start for job in batch]))
         with torch.inference_mode():
             output = model(
-                input_ids=torch.tensor(rows, device=model.device), use_cache=False, logits_to_keep=width - first
+                input_ids=torch.tensor(rows, device=model.device),
+                use_cache=False,
+                logits_to_keep=torch.from_numpy(kept).to(model.device),
             )
         for row, job in enumerate(batch):
-            places = torch.from_numpy(job.positions - 1 - job.window.start - first).to(model.device)
+            places = torch.from_numpy(np.searchsorted(kept, job.positions - 1 - job.window.start)).to(model.device)
             ids = sequences[job.window.sequence].ids
             targets = torch.tensor([ids[t] for t in job.positions.tolist()], device=model.device)
             yield job, _numpy(target_log_probs(output.logits[row, places], targets))
