@@ -25,6 +25,7 @@ from cbtm_common.faults import point
 _BUSY_SECONDS = 30
 IDLE_SECONDS = 1.0
 _LATER = "cbtm_insert_later"
+_READING, _BY_STATEMENT = "cbtm_reading", "cbtm_by_statement"
 _NETWORK_FILE_SYSTEMS = {
     "nfs",
     "nfs4",
@@ -62,9 +63,14 @@ def open_engine(
             pool_size=pool_size,
             max_overflow=0,
             pool_timeout=30,
-            connect_args={"options": _session(statement_seconds, idle_seconds), "connect_timeout": 10},
+            connect_args={
+                "options": _session(statement_seconds, idle_seconds),
+                "connect_timeout": 10,
+                # `_on_begin` begins transactions, where one is wanted.
+                "autocommit": True,
+            },
         )
-        _ping_idle(engine)
+        _prepare_postgresql(engine)
         return engine
     if backend != "sqlite" or not parsed.database:
         raise InvalidArgument(
@@ -96,9 +102,8 @@ def writing(engine: Engine, *, by_statement: bool = False) -> Iterator[Connectio
     `by_statement`: on PostgreSQL each statement is a transaction of its own, two round trips cheaper. For writes that
     are one guarded statement.
     """
-    options: dict[str, Any] = {"isolation_level": "AUTOCOMMIT"} if by_statement and _is_postgresql(engine) else {}
     try:
-        with engine.connect().execution_options(**options) as connection, connection.begin():
+        with engine.connect().execution_options(**{_BY_STATEMENT: by_statement}) as connection, connection.begin():
             try:
                 yield connection
                 point("database.commit.before")
@@ -159,11 +164,8 @@ def reading(engine: Engine) -> Iterator[Connection]:
     On PostgreSQL each statement is a transaction of its own, as it would be within a READ COMMITTED one, two round
     trips cheaper.
     """
-    options: dict[str, Any] = {"cbtm_reading": True}
-    if _is_postgresql(engine):
-        options["isolation_level"] = "AUTOCOMMIT"
     try:
-        with engine.connect().execution_options(**options) as connection, connection.begin():
+        with engine.connect().execution_options(**{_READING: True}) as connection, connection.begin():
             yield connection
     except PoolTimeout as error:
         raise Unavailable("the registry's database connections are all busy; try again") from error
@@ -173,18 +175,20 @@ def reading(engine: Engine) -> Iterator[Connection]:
         raise
 
 
-def _is_postgresql(engine: Engine) -> bool:
-    return engine.dialect.name == "postgresql"
-
-
 def _unavailable(error: DBAPIError) -> Unavailable:
     return Unavailable(f"the registry's database cannot be used now: {error.orig}")
 
 
-def _ping_idle(engine: Engine) -> None:
+def _prepare_postgresql(engine: Engine) -> None:
     """Connections that lay idle are tried before they are used, for the server may have closed them meanwhile; one
     that was used a moment ago is not worth the round trip.
     """
+
+    @event.listens_for(engine, "begin")
+    def _on_begin(connection: Connection) -> None:
+        options = connection.get_execution_options()
+        if not options.get(_READING) and not options.get(_BY_STATEMENT):
+            connection.exec_driver_sql("BEGIN")
 
     @event.listens_for(engine, "checkin")
     def _on_checkin(_: Any, record: ConnectionPoolEntry) -> None:
@@ -219,7 +223,7 @@ def _prepare_sqlite(engine: Engine) -> None:
 
     @event.listens_for(engine, "begin")
     def _on_begin(connection: Connection) -> None:
-        deferred = connection.get_execution_options().get("cbtm_reading")
+        deferred = connection.get_execution_options().get(_READING)
         connection.exec_driver_sql("BEGIN DEFERRED" if deferred else "BEGIN IMMEDIATE")
 
 
