@@ -146,9 +146,8 @@ def register_clusters(tx: Connection, run: RunRecord, new: Sequence[NewCluster])
             raise InvalidArgument(
                 f"clusters.index: {cluster.cluster_index} is not in 0..{run.cluster_count - 1}", field="clusters.index"
             )
-    indices = [cluster.cluster_index for cluster in new]
-    present = select(clusters.c.cluster_index).where(clusters.c.run_id == run.id, clusters.c.cluster_index.in_(indices))
-    taken = tx.execute(present.limit(1)).scalar()
+    present = set(tx.execute(select(clusters.c.cluster_index).where(clusters.c.run_id == run.id)).scalars())
+    taken = next((cluster.cluster_index for cluster in new if cluster.cluster_index in present), None)
     if taken is not None:
         raise AlreadyExists(f"cluster {taken} of run {run.name} is registered already")
     try:
