@@ -18,12 +18,14 @@ from typing import TYPE_CHECKING, Any
 from cbtm import _auto
 
 if TYPE_CHECKING:
+    from cbtm._classify import Classification, ClassificationTask, classify, load_task
     from cbtm._config import CbtmConfig
     from cbtm._ensemble import Ensemble
     from cbtm._evaluate import Evaluation, evaluate, evaluate_run
     from cbtm._merge import MergeMethod, merge
     from cbtm._model import CbtmForCausalLM
     from cbtm._parts import ClusterInfo, ExpertChanges
+    from cbtm._plots import plot
     from cbtm._results import ClusterWeight, Generation, HeldOutDocument, PerplexityResult, Routing, Score
     from cbtm._routing import Policy, RoutingOptions
     from cbtm_common.errors import (
@@ -45,6 +47,8 @@ _HOME = {
     "CbtmConfig": "cbtm._config",
     "CbtmError": "cbtm_common.errors",
     "CbtmForCausalLM": "cbtm._model",
+    "Classification": "cbtm._classify",
+    "ClassificationTask": "cbtm._classify",
     "ClusterInfo": "cbtm._parts",
     "ClusterWeight": "cbtm._results",
     "Distance": "cbtm_common.routing",
@@ -68,9 +72,12 @@ _HOME = {
     "Score": "cbtm._results",
     "Unauthenticated": "cbtm_common.errors",
     "Unavailable": "cbtm_common.errors",
+    "classify": "cbtm._classify",
     "evaluate": "cbtm._evaluate",
     "evaluate_run": "cbtm._evaluate",
+    "load_task": "cbtm._classify",
     "merge": "cbtm._merge",
+    "plot": "cbtm._plots",
 }
 
 __all__ = [
@@ -78,6 +85,8 @@ __all__ = [
     "CbtmConfig",
     "CbtmError",
     "CbtmForCausalLM",
+    "Classification",
+    "ClassificationTask",
     "ClusterInfo",
     "ClusterWeight",
     "Distance",
@@ -101,9 +110,12 @@ __all__ = [
     "Score",
     "Unauthenticated",
     "Unavailable",
+    "classify",
     "evaluate",
     "evaluate_run",
+    "load_task",
     "merge",
+    "plot",
 ]
 
 

@@ -440,6 +440,10 @@ class Ensemble:
         """Token ids of a text, no special token added."""
         return self._members.codec.encode(text)
 
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of token ids, as it stands: special tokens and spaces are kept."""
+        return str(self.tokenizer.decode(list(token_ids), clean_up_tokenization_spaces=False))
+
     def window_and_stride(self, window: int | None = None, stride: int | None = None) -> tuple[int, int]:
         """What scoring uses, in tokens. Raises InvalidArgument when they do not fit the experts or one another."""
         limit = self.pool.context

@@ -4,9 +4,9 @@ Every expert scores every token once; mixtures of any top k are then arithmetic 
 routing weights, equal to what `Ensemble.perplexity` gives. Compared are the seed model, the dense baseline where the
 run has one, each expert alone on its own cluster, and the mixtures.
 
-Protocol: as `Ensemble.perplexity` (each document on its own after an end-of-text token, strided windows,
-token-weighted). Numbers over all clusters weigh each cluster by its tokens among the documents given. Nothing is tuned
-here; do not choose k or temperature by these numbers and then report them.
+Protocol (`PROTOCOL`): as `Ensemble.perplexity`. Numbers over all clusters weigh each cluster by its tokens among the
+documents given. Nothing is tuned here: the sweep over temperatures shows what a choice is worth; whoever makes one by
+it should report it on other documents.
 """
 
 from __future__ import annotations
@@ -30,12 +30,22 @@ from cbtm_common.errors import InvalidArgument
 from cbtm_common.routing import keep_top
 
 Float64 = npt.NDArray[np.float64]
+PROTOCOL = (
+    "Each document is scored on its own, all its tokens, the first given the end-of-text token alone; the closing "
+    "end-of-text token is not scored. Longer documents are scored in windows that advance by the stride, each scoring "
+    "the tokens that the one before could not. Routing sees the whole document so far, never the token to come. "
+    "Perplexity is exp of the mean negative log-likelihood of a token; bits per byte divide by the UTF-8 bytes of the "
+    "documents, and so compare between tokenizers."
+)
 Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClusterEvaluation:
-    """One cluster's documents: perplexities by name ("seed", "expert" for its own, "dense", "top1", …, "all")."""
+    """One cluster's documents: perplexities by name ("seed", "expert" for its own, "dense", "top1", …, "all").
+
+    `routed`: the mean weight that each expert, by cluster id, has on their tokens when all are mixed.
+    """
 
     cluster_id: str
     index: int
@@ -43,13 +53,23 @@ class ClusterEvaluation:
     documents: int
     tokens: int
     perplexity: Mapping[str, float]
+    routed: Mapping[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepPoint:
+    """Perplexities of the mixtures, "top1" … "all", with another temperature of the router."""
+
+    temperature: float
+    perplexity: Mapping[str, float]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
     """`perplexity` over all documents by name: "seed", "dense", "expert" (each on its own cluster), "top1", …, "all".
 
-    `expert_share` is each expert's mean weight at the ensemble's own top k and temperature.
+    `bits_per_byte` likewise, over `bytes` of text. `expert_share` is each expert's mean weight at the ensemble's own
+    top k and temperature; `top1_share` the share of tokens for which it is the heaviest.
     """
 
     run: str
@@ -58,14 +78,18 @@ class Evaluation:
     window: int
     stride: int
     temperature: float
+    bytes: int
     perplexity: Mapping[str, float]
+    bits_per_byte: Mapping[str, float]
     clusters: tuple[ClusterEvaluation, ...]
     expert_share: Mapping[str, float]
+    top1_share: Mapping[str, float]
+    sweep: tuple[SweepPoint, ...]
     missing_clusters: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON; NaN and infinity, which it lacks, become null."""
-        values: dict[str, Any] = _jsonable(asdict(self))
+        """For JSON, with the protocol; NaN and infinity, which JSON lacks, become null."""
+        values: dict[str, Any] = _jsonable({"protocol": PROTOCOL, **asdict(self)})
         return values
 
 
@@ -74,14 +98,16 @@ def evaluate(
     documents: Sequence[HeldOutDocument] | Sequence[str],
     *,
     top_k: Sequence[int] | None = None,
+    temperatures: Sequence[float] = (),
     baseline: Ensemble | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
     """Evaluates `model` on texts, or on token documents with their clusters.
 
     A text belongs to the cluster that the router finds nearest to the whole of it, as in sharding; only the tables by
-    cluster use that. `top_k`: which mixtures besides all experts; default 1, 2, 4, … `progress(name, done, total)` is
-    told of tokens read by each model. Holds one float for each token and expert.
+    cluster use that. `top_k`: which mixtures besides all experts; default 1, 2, 4, … `temperatures`: for the sweep,
+    which runs no expert again. `progress(name, done, total)` is told of tokens read by each model. Holds one float for
+    each token and expert.
     """
     held_out = [d if isinstance(d, HeldOutDocument) else _assigned(model, d) for d in documents]
     held_out = [d for d in held_out if d.token_ids]
@@ -91,6 +117,8 @@ def evaluate(
     ks = sorted(set(top_k)) if top_k is not None else [2**n for n in range(count.bit_length()) if 2**n < count] or [1]
     if not all(1 <= k <= count for k in ks):
         raise InvalidArgument(f"top_k: {ks} are not all between 1 and the {count} experts", field="top_k")
+    if not all(0 < temperature < math.inf for temperature in temperatures):
+        raise InvalidArgument(f"temperatures: {list(temperatures)} are not all above 0", field="temperatures")
     sequences = [model.sequence_of(d.token_ids) for d in held_out]
     window, stride = model.window_and_stride()
     scorer = _Scorer(sequences, window, stride, progress)
@@ -107,9 +135,16 @@ def evaluate(
     values["expert"] = [
         of_experts[place[d.cluster_id]][n] if d.cluster_id in place else unknown[n] for n, d in enumerate(held_out)
     ]
-    mixtures, share = _mixtures(model, sequences, of_experts, ks)
-    values |= mixtures
-    return _tabulate(model, held_out, values, share, window=window, stride=stride)
+    mixer = _Mixer(sequences, of_experts, ks)
+    mixed = mixer.mix(model)
+    values |= mixed.values
+    sweep = []
+    for number, temperature in enumerate(temperatures):
+        at = mixer.mix(model.with_routing(temperature=temperature))
+        sweep.append(SweepPoint(temperature=temperature, perplexity=_perplexities(at.values, held_out)))
+        if progress is not None:
+            progress("temperatures", number + 1, len(temperatures))
+    return _tabulate(model, held_out, values, mixed, tuple(sweep), window=window, stride=stride)
 
 
 def evaluate_run(
@@ -120,6 +155,7 @@ def evaluate_run(
     baseline: str | Literal["auto"] | None = "auto",
     top_k: Sequence[int] | None = None,
     temperature: float | None = None,
+    temperatures: Sequence[float] = (),
     device: str | None = None,
     dtype: str | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
@@ -144,9 +180,9 @@ def evaluate_run(
         target, run=run, temperature=temperature, max_experts=max_experts, **common
     ) as model:
         if name is None:
-            return evaluate(model, documents, top_k=top_k, progress=progress)
+            return evaluate(model, documents, top_k=top_k, temperatures=temperatures, progress=progress)
         with Ensemble.from_coordinator(target, run=name, **common) as dense:
-            return evaluate(model, documents, top_k=top_k, baseline=dense, progress=progress)
+            return evaluate(model, documents, top_k=top_k, temperatures=temperatures, baseline=dense, progress=progress)
 
 
 class _Scorer:
@@ -178,20 +214,42 @@ class _Scorer:
         return model_scores(model, self._sequences, window=self._window, stride=self._stride, progress=told)
 
 
-def _mixtures(
-    model: Ensemble, sequences: Sequence[TokenSequence], of_experts: Sequence[Sequence[Float64]], ks: Sequence[int]
-) -> tuple[dict[str, list[Float64]], Float64]:
-    """Log-probabilities of each mixture, by document, and the experts' share at the model's own top k."""
-    router = model.with_routing(top_k="all").context_router
-    values: dict[str, list[Float64]] = {name: [] for name in [*(f"top{k}" for k in ks), "all"]}
-    share = np.zeros(len(of_experts))
-    for n, sequence in enumerate(sequences):
-        weights_TK = router.positions(sequence.ids, sequence.first)
-        log_probs_TK = np.stack([scores[n] for scores in of_experts], axis=1)
-        for k in (*ks, None):
-            values["all" if k is None else f"top{k}"].append(_mix(keep_top(weights_TK, k), log_probs_TK))
-        share += keep_top(weights_TK, model.routing.top_k).sum(axis=0)
-    return values, share / share.sum()
+@dataclass(frozen=True, kw_only=True)
+class _Mixed:
+    """Log-probabilities of each mixture, by document; weights of the experts, summed over tokens."""
+
+    values: dict[str, list[Float64]]
+    # At the model's own top k [K]; tokens for which it is the heaviest [K]; of each document, of all experts [D, K].
+    share: Float64
+    heaviest: Float64
+    routed: Float64
+
+
+class _Mixer:
+    """Mixes what the experts said, for any k and temperature: arithmetic only."""
+
+    def __init__(
+        self, sequences: Sequence[TokenSequence], of_experts: Sequence[Sequence[Float64]], ks: Sequence[int]
+    ) -> None:
+        self._sequences = sequences
+        self._of_experts = of_experts
+        self._ks = ks
+
+    def mix(self, model: Ensemble) -> _Mixed:
+        router = model.with_routing(top_k="all").context_router
+        count = len(self._of_experts)
+        values: dict[str, list[Float64]] = {name: [] for name in [*(f"top{k}" for k in self._ks), "all"]}
+        share_K, heaviest_K = np.zeros(count), np.zeros(count)
+        routed_DK = np.zeros((len(self._sequences), count))
+        for n, sequence in enumerate(self._sequences):
+            weights_TK = router.positions(sequence.ids, sequence.first)
+            log_probs_TK = np.stack([scores[n] for scores in self._of_experts], axis=1)
+            for k in (*self._ks, None):
+                values["all" if k is None else f"top{k}"].append(_mix(keep_top(weights_TK, k), log_probs_TK))
+            share_K += keep_top(weights_TK, model.routing.top_k).sum(axis=0)
+            heaviest_K += np.bincount(weights_TK.argmax(axis=1), minlength=count)
+            routed_DK[n] = weights_TK.sum(axis=0)
+        return _Mixed(values=values, share=share_K, heaviest=heaviest_K, routed=routed_DK)
 
 
 def _mix(weights_TK: Float64, log_probs_TK: Float64) -> Float64:
@@ -201,11 +259,27 @@ def _mix(weights_TK: Float64, log_probs_TK: Float64) -> Float64:
     return mixed
 
 
+def _perplexities(
+    values: Mapping[str, Sequence[Float64]],
+    held_out: Sequence[HeldOutDocument],
+    numbers: Sequence[int] | None = None,
+) -> dict[str, float]:
+    """Token-weighted, over the documents of these numbers, or all."""
+    chosen = range(len(held_out)) if numbers is None else numbers
+    tokens = sum(len(held_out[n].token_ids) for n in chosen)
+    return {name: perplexity_of(_log_likelihood(found, chosen), tokens) for name, found in values.items()}
+
+
+def _log_likelihood(found: Sequence[Float64], numbers: Sequence[int]) -> float:
+    return math.fsum(float(found[n].sum()) for n in numbers)
+
+
 def _tabulate(
     model: Ensemble,
     held_out: Sequence[HeldOutDocument],
     values: Mapping[str, Sequence[Float64]],
-    share: Float64,
+    mixed: _Mixed,
+    sweep: tuple[SweepPoint, ...],
     *,
     window: int,
     stride: int,
@@ -214,13 +288,12 @@ def _tabulate(
     for n, document in enumerate(held_out):
         rows.setdefault(document.cluster_id, []).append(n)
     tokens = [len(document.token_ids) for document in held_out]
+    everything = range(len(held_out))
+    size = sum(len(model.decode(document.token_ids).encode()) for document in held_out)
 
-    def perplexities(numbers: Sequence[int]) -> dict[str, float]:
-        count = sum(tokens[n] for n in numbers)
-        return {
-            name: perplexity_of(math.fsum(float(found[n].sum()) for n in numbers), count)
-            for name, found in values.items()
-        }
+    def by_cluster(weights_K: Float64) -> dict[str, float]:
+        total = float(weights_K.sum())
+        return {c.id: float(w) / total for c, w in zip(model.clusters, weights_K, strict=True)}
 
     clusters = tuple(
         ClusterEvaluation(
@@ -229,7 +302,8 @@ def _tabulate(
             top_terms=cluster.top_terms,
             documents=len(rows[cluster.id]),
             tokens=sum(tokens[n] for n in rows[cluster.id]),
-            perplexity=perplexities(rows[cluster.id]),
+            perplexity=_perplexities(values, held_out, rows[cluster.id]),
+            routed=by_cluster(mixed.routed[rows[cluster.id]].sum(axis=0)),
         )
         for cluster in model.parts.clusters
         if cluster.id in rows
@@ -241,9 +315,16 @@ def _tabulate(
         window=window,
         stride=stride,
         temperature=model.routing.temperature,
-        perplexity=perplexities(range(len(held_out))),
+        bytes=size,
+        perplexity=_perplexities(values, held_out),
+        bits_per_byte={
+            name: -_log_likelihood(found, everything) / (math.log(2) * size) if size else math.nan
+            for name, found in values.items()
+        },
         clusters=clusters,
-        expert_share={c.id: float(s) for c, s in zip(model.clusters, share, strict=True)},
+        expert_share=by_cluster(mixed.share),
+        top1_share=by_cluster(mixed.heaviest),
+        sweep=sweep,
         missing_clusters=model.missing_clusters,
     )
 
