@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from cbtm._cli import _numbers, app, read_lines, read_texts
+from cbtm._cli import app
+from cbtm._cli_options import parse_numbers, read_lines, read_texts
 from cbtm_common.errors import InvalidArgument
 
 
@@ -58,6 +59,6 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 
 
 def test_numbers_are_read_with_commas() -> None:
-    assert _numbers("1,2, 8") == [1, 2, 8]
+    assert parse_numbers("1,2, 8") == [1, 2, 8]
     with pytest.raises(InvalidArgument, match="top_k"):
-        _numbers("two")
+        parse_numbers("two")
