@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self, overload
 import numpy as np
 
 from cbtm._decoder import MixtureDecoder
-from cbtm._folder import load_parts, save_parts
+from cbtm._folder import load_parts, load_routing, save_parts
 from cbtm._forward import TokenBatch, batch_log_probs
 from cbtm._generate import GenerateOptions, generate
 from cbtm._members import Members, assemble, first_routing, renewed
@@ -121,7 +121,10 @@ class Ensemble:
         max_memory: Mapping[int | str, int | str] | None = None,
         device_map: str | Mapping[str, str] | None = None,
     ) -> Self:
-        """An ensemble that `save` wrote; needs no coordinator. Raises NotFound, IntegrityError, InvalidArgument."""
+        """An ensemble that `save` wrote; needs no coordinator. What is not given is as it was saved, routing too.
+
+        Raises NotFound, IntegrityError, InvalidArgument.
+        """
         placement = Placement(
             device=device,
             dtype=dtype,
@@ -130,11 +133,20 @@ class Ensemble:
             max_memory=max_memory,
             device_map=device_map,
         )
-        return cls._of(load_parts(Path(path)), placement, top_k=top_k, temperature=temperature)
+        parts, saved = load_parts(Path(path)), load_routing(Path(path))
+        return cls._of(parts, placement, top_k=top_k, temperature=temperature, saved=saved)
 
     @classmethod
-    def _of(cls, parts: EnsembleParts, placement: Placement, *, top_k: TopK, temperature: float | None) -> Self:
-        routing = first_routing(parts, top_k=top_k, temperature=temperature)
+    def _of(
+        cls,
+        parts: EnsembleParts,
+        placement: Placement,
+        *,
+        top_k: TopK,
+        temperature: float | None,
+        saved: RoutingOptions | None = None,
+    ) -> Self:
+        routing = first_routing(parts, top_k=top_k, temperature=temperature, saved=saved)
         members = assemble(parts, Residency(placement), TextCodec(parts.tokenizer_dir), routing)
         return cls(members, top_k=top_k)
 

@@ -23,11 +23,11 @@ from pathlib import Path
 from typing import Any
 
 from cbtm._parts import ClusterInfo, EnsembleParts
-from cbtm._routing import RoutingOptions
+from cbtm._routing import Policy, RoutingOptions
 from cbtm_common.errors import AlreadyExists, IntegrityError, InvalidArgument, NotFound
 from cbtm_common.files import check_relative, describe, hash_file, safe_join
 from cbtm_common.recipe import Recipe
-from cbtm_common.routing import load_router
+from cbtm_common.routing import Distance, load_router
 
 FORMAT = "cbtm-ensemble-1"
 MANIFEST = "cbtm.json"
@@ -73,6 +73,24 @@ def load_parts(path: Path) -> EnsembleParts:
         return _parts(path, manifest)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise IntegrityError(f"{manifest_path} is damaged: {error!r}") from error
+
+
+def load_routing(path: Path) -> RoutingOptions | None:
+    """How the ensemble saved in `path` is mixed; None where its config.json does not say. Raises IntegrityError."""
+    try:
+        config = json.loads((path / "config.json").read_text("utf-8"))
+        weights = config.get("routing_weights")
+        return RoutingOptions(
+            top_k=config["num_experts_per_tok"],
+            temperature=float(config["routing_temperature"]),
+            distance=Distance(config["routing_distance"]),
+            policy=Policy(config["routing_policy"]),
+            weights=None if weights is None else tuple(weights),
+        )
+    except (FileNotFoundError, KeyError):
+        return None
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise IntegrityError(f"{path / 'config.json'} is damaged: {error!r}") from error
 
 
 def _parts(path: Path, manifest: dict[str, Any]) -> EnsembleParts:

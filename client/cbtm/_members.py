@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from cbtm._parts import ClusterInfo, EnsembleParts, ExpertChanges
@@ -38,10 +38,14 @@ def assemble(parts: EnsembleParts, residency: Residency, codec: TextCodec, routi
     return Members(parts=parts, pool=pool, router=router, codec=codec)
 
 
-def first_routing(parts: EnsembleParts, *, top_k: TopK, temperature: float | None) -> RoutingOptions:
-    default = parts.recipe.routing
-    return RoutingOptions(
-        top_k=top_k_of(top_k, parts),
+def first_routing(
+    parts: EnsembleParts, *, top_k: TopK, temperature: float | None, saved: RoutingOptions | None = None
+) -> RoutingOptions:
+    """What is asked for; else as it was saved; else the run's."""
+    default = saved or RoutingOptions(top_k=top_k_of(None, parts), temperature=parts.recipe.routing.temperature)
+    return replace(
+        default,
+        top_k=default.top_k if top_k is None else top_k_of(top_k, parts),
         temperature=default.temperature if temperature is None else temperature,
     )
 

@@ -527,3 +527,31 @@ class TestMistakes:
         model.save(tmp_path / "saved")
         model.save(tmp_path / "saved", overwrite=True)
         assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+
+
+@pytest.mark.parametrize(
+    "routing",
+    [
+        {"top_k": 1, "temperature": 0.7},
+        {"top_k": "all", "distance": "quartic"},
+        {"policy": "prompt"},
+        {"weights": [0.0, 1.0, 3.0, 0.0]},
+    ],
+    ids=lambda routing: "-".join(routing),
+)
+def test_a_saved_ensemble_is_mixed_as_it_was(model: Any, tmp_path: Path, routing: dict[str, Any]) -> None:
+    from transformers import AutoModelForCausalLM
+
+    from cbtm import Ensemble
+
+    view = model.with_routing(**routing)
+    view.save(tmp_path / "ensemble")
+    loaded = Ensemble.load(tmp_path / "ensemble")
+    wanted = view.score("stone window", prompts="river harbor")
+    assert loaded.score("stone window", prompts="river harbor") == wanted
+    assert loaded.generate("river", max_new_tokens=4) == view.generate("river", max_new_tokens=4)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "ensemble")
+    again.save_pretrained(tmp_path / "again")
+    assert Ensemble.load(tmp_path / "again").score("stone window", prompts="river harbor") == wanted
+    # What is asked for comes first.
+    assert Ensemble.load(tmp_path / "ensemble", top_k=2, temperature=0.2).routing.temperature == 0.2

@@ -97,7 +97,8 @@ class _Handler(BaseHTTPRequestHandler):
             etag = hashlib.sha256(data).hexdigest()
             self._answer(data, {"ETag": f'"{etag}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"})
         else:
-            self._answer({"error": path}, {"X-Error-Code": "RepoNotFound"}, code=404)
+            missing = "EntryNotFound" if path.startswith(prefix) else "RepoNotFound"
+            self._answer({"error": path}, {"X-Error-Code": missing}, code=404)
 
     def do_HEAD(self) -> None:
         self.do_GET()
