@@ -120,7 +120,7 @@ def measure(report: Report, coordinator: RunningCoordinator, scratch: Path, *, q
     run_id = fill(store, open_tasks=1, name="checkpointing")
     (worker,) = make_workers(store, 1)
     store.close()
-    recipe = Recipe(sequence_length=SEQUENCE, global_batch=BATCH, steps=1000)
+    recipe = Recipe(sequence_length=SEQUENCE, global_batch=BATCH, steps=1_000_000)
     with ExitStack() as stack:
         connection = stack.enter_context(connect(coordinator.address, credential=worker.secret))
         session = Session(connection)
@@ -138,7 +138,7 @@ def measure(report: Report, coordinator: RunningCoordinator, scratch: Path, *, q
                     recipe=recipe,
                     task_id=answer.spec.task.id,
                     kind="expert",
-                    total_steps=1000,
+                    total_steps=1_000_000,
                     model_dir=scratch / "model",
                     shard_paths=[scratch / "shard.safetensors"],
                     data_key=cluster_id(run_id, 0),
