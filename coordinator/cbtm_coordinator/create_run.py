@@ -11,7 +11,8 @@ from __future__ import annotations
 import contextlib
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +33,17 @@ from cbtm_common.rpc import Connection
 from cbtm_coordinator.clustering import seed_model, tokenizer
 from cbtm_coordinator.clustering.corpus import Corpus, ReadReport, open_corpus
 from cbtm_coordinator.clustering.fit import FitResult, fit
+from cbtm_coordinator.clustering.pool import cores
+from cbtm_coordinator.clustering.progress import ClusterStats, ShardFile
 from cbtm_coordinator.clustering.report import write_report
 from cbtm_coordinator.clustering.sample import reservoir
-from cbtm_coordinator.clustering.sharding import TRAIN, ClusterStats, ShardFile, shard_corpus
+from cbtm_coordinator.clustering.sharding import TRAIN, shard_corpus
 from cbtm_coordinator.upload_run import Files, register_clusters, upload_files
 
 # Tokenizer training reads at most this much of the sample: BPE merges settle long before.
 _TOKENIZER_CHARACTERS = 50_000_000
+# From so many bytes on, a corpus is worked on by a process for every core.
+_MANY_BYTES = 20_000_000
 _FOLDERS = (
     (ad.RUN_FILE_KIND_CLUSTERING, "clustering"),
     (ad.RUN_FILE_KIND_TOKENIZER, "tokenizer"),
@@ -141,6 +146,8 @@ class _Maker:
         self._bars = bars
         self._read = ReadReport()
         self._sample: list[str] = []
+        # Starting others takes longer than a small corpus.
+        self._processes = cores() if corpus.total_bytes >= _MANY_BYTES else 1
         self._base: seed_model.BaseModel | None = None
         self._tokens: Any = None
 
@@ -233,13 +240,24 @@ class _Maker:
         return self._base, self._tokens
 
     def _fit(self, run_id: str) -> FitResult:
-        bar = self._bars.add_task("clustering", total=None)
+        bar = self._bars.add_task("clustering", total=None, unit="share")
+        doing = ""
+
+        def report(what: str, share: float) -> None:
+            nonlocal doing
+            if what != doing:
+                # What is left of one step says nothing of the next.
+                self._bars.reset(bar, description=f"clustering: {what}", total=1)
+                doing = what
+            self._bars.update(bar, completed=share)
+
         fitted = fit(
             self._sample,
             [cluster_id(run_id, index) for index in range(self._options.clusters)],
             seed=self._recipe.seed,
             temperature=self._recipe.routing.temperature,
-            report=lambda what: self._bars.update(bar, description=f"clustering: {what}"),
+            processes=self._processes,
+            report=report,
         )
         self._bars.update(bar, description="clustering", total=1, completed=1)
         return fitted
@@ -247,11 +265,12 @@ class _Maker:
     def _shard(self, fitted: FitResult, tokens: Any) -> tuple[list[ShardFile], list[ClusterStats]]:
         bar = self._bars.add_task("assigning and tokenizing", total=self._read.documents)
         return shard_corpus(
-            self._corpus.documents(ReadReport()),
+            [partial(replace(self._corpus, files=(file,)).documents, ReadReport()) for file in self._corpus.files],
             fitted.router,
             tokens,
             self._work / "shards",
             held_out_fraction=self._recipe.held_out_fraction,
+            processes=self._processes,
             on_documents=lambda count: self._bars.advance(bar, count),
         )
 
@@ -339,6 +358,8 @@ class _Amount(ProgressColumn):
     def render(self, task: Task) -> Text:
         if task.total is None:
             return Text("")
+        if task.fields.get("unit") == "share":
+            return Text(f"{100 * task.completed / task.total:.0f} %")
         show = human_bytes if task.fields.get("unit") == "bytes" else "{:,.0f}".format
         return Text(f"{show(task.completed)} of {show(task.total)}")
 

@@ -15,6 +15,7 @@ import numpy as np
 from cbtm_common.errors import InvalidArgument
 from cbtm_common.routing import CentroidRouter, TermEmbedding
 from cbtm_coordinator.clustering.kmeans import balanced_kmeans
+from cbtm_coordinator.clustering.svd import truncated_svd
 from cbtm_coordinator.clustering.tfidf import tfidf
 
 DIMENSIONS = 100
@@ -42,24 +43,32 @@ def fit(
     *,
     seed: int,
     temperature: float,
-    report: Callable[[str], None] = lambda _: None,
+    processes: int = 1,
+    report: Callable[[str, float], None] = lambda *_: None,
 ) -> FitResult:
-    """A router for `cluster_ids` fitted on `texts`. Raises InvalidArgument for fewer texts than clusters."""
+    """A router for `cluster_ids` fitted on `texts`. Raises InvalidArgument for fewer texts than clusters.
+
+    `report` hears of what is being done and the share of it that is. The result does not depend on `processes`.
+    """
     clusters = len(cluster_ids)
     if len(texts) < clusters:
         raise InvalidArgument(f"clusters: {clusters} cannot be made of {len(texts)} documents", field="clusters")
     if clusters == 1:
         return _trivial(cluster_ids[0], temperature)
-    report("counting terms")
-    counted = tfidf(texts, min_documents=2 if len(texts) >= _MANY_TEXTS else 1)
+    least = 2 if len(texts) >= _MANY_TEXTS else 1
+    counted = tfidf(texts, min_documents=least, processes=processes, on_texts=_share_of(len(texts), report))
     dimensions = min(DIMENSIONS, len(counted.terms) - 1, len(texts) - 1)
     if dimensions < 1:
         raise InvalidArgument("corpus: too few different words to cluster by", field="corpus")
-    report(f"reducing to {dimensions} dimensions")
-    components, explained = _reduce(counted.matrix, dimensions, seed)
+    components, _ = truncated_svd(
+        counted.matrix,
+        dimensions,
+        seed=seed,
+        on_share=lambda share: report(f"reducing to {dimensions} dimensions", share),
+    )
     embedding = TermEmbedding(counted.terms, (counted.idf[:, None] * components.T).astype(np.float32))
     # The rows that `embedding.embed` would give, by one sparse product.
-    embedded = counted.matrix @ components.T.astype(np.float32)
+    embedded = counted.matrix @ np.ascontiguousarray(components.T)
     lengths = np.linalg.norm(embedded, axis=1)
     # A text without a known term says nothing of where a centroid should be.
     known = np.flatnonzero(lengths > 1e-12)
@@ -69,9 +78,10 @@ def fit(
             field="clusters",
         )
     points = embedded[known] / lengths[known, None]
-    report("balanced k-means")
     restarts = _RESTARTS if len(points) * clusters <= _CHEAP else 1
-    result = balanced_kmeans(points, clusters, seed=seed, restarts=restarts)
+    result = balanced_kmeans(
+        points, clusters, seed=seed, restarts=restarts, on_share=lambda share: report("balanced k-means", share)
+    )
     router = CentroidRouter(
         cluster_ids=cluster_ids,
         embedding=embedding,
@@ -83,17 +93,27 @@ def fit(
         router=router,
         top_terms=_top_terms(counted.matrix[known], result.labels, clusters, counted.terms),
         inertia=result.inertia,
-        explained_variance=explained,
+        explained_variance=_explained(counted.matrix, embedded),
     )
 
 
-def _reduce(matrix: Any, dimensions: int, seed: int) -> tuple[Any, float]:
-    """Components [d, V] of the truncated SVD, and the share of variance that they explain."""
-    from sklearn.decomposition import TruncatedSVD
+def _share_of(total: int, report: Callable[[str, float], None]) -> Callable[[int], None]:
+    done = 0
 
-    svd = TruncatedSVD(dimensions, random_state=seed, n_iter=4)
-    svd.fit(matrix)
-    return svd.components_, float(np.nan_to_num(svd.explained_variance_ratio_.sum()))
+    def on_texts(count: int) -> None:
+        nonlocal done
+        done += count
+        report("counting terms", done / total)
+
+    return on_texts
+
+
+def _explained(matrix: Any, embedded: Any) -> float:
+    """The share of the rows' variance that their embedding keeps."""
+    mean = np.asarray(matrix.mean(axis=0), dtype=np.float64)
+    whole = float(matrix.multiply(matrix).sum()) / matrix.shape[0] - float((mean**2).sum())
+    kept = float(embedded.var(axis=0, dtype=np.float64).sum())
+    return min(1.0, kept / whole) if whole > 0 else 0.0
 
 
 def _prior(points: Any, centroids: Any, characters: Any) -> Any:

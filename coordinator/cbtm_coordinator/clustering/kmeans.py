@@ -9,7 +9,9 @@ bidding rounds.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -35,33 +37,57 @@ class KMeansResult:
 
 
 def balanced_kmeans(
-    points: Float, clusters: int, *, seed: int, max_iterations: int = 30, restarts: int = 1
+    points: Float,
+    clusters: int,
+    *,
+    seed: int,
+    max_iterations: int = 30,
+    restarts: int = 1,
+    on_share: Callable[[float], None] = lambda _: None,
 ) -> KMeansResult:
     """Clusters `points` [N, d]. Deterministic for a seed. Of several restarts the lowest inertia wins.
 
-    Raises ValueError when there are fewer points than clusters.
+    `on_share` hears of the share done, of as many rounds as it may take. Raises ValueError when there are fewer points
+    than clusters.
     """
     if len(points) < clusters:
         raise ValueError(f"{len(points)} points cannot fill {clusters} clusters")
     points = np.ascontiguousarray(points, dtype=np.float32)
-    runs = [_one_run(points, clusters, np.random.default_rng([seed, r]), max_iterations) for r in range(restarts)]
-    return min(runs, key=lambda result: result.inertia)
+    best: KMeansResult | None = None
+    for attempt in range(restarts):
+        chance = np.random.default_rng([seed, attempt])
+        found = _one_run(points, clusters, chance, max_iterations, partial(_share, on_share, attempt, restarts))
+        if best is None or found.inertia < best.inertia:
+            best = found
+    assert best is not None
+    return best
 
 
-def _one_run(points: Float, clusters: int, chance: np.random.Generator, max_iterations: int) -> KMeansResult:
+def _share(on_share: Callable[[float], None], done: int, restarts: int, share: float) -> None:
+    on_share((done + share) / restarts)
+
+
+def _one_run(
+    points: Float,
+    clusters: int,
+    chance: np.random.Generator,
+    max_iterations: int,
+    on_share: Callable[[float], None],
+) -> KMeansResult:
     centroids = _plus_plus(points, clusters, chance)
     capacity = capacities(len(points), clusters)
     prices = np.zeros(clusters, dtype=np.float32)
     lengths = float((points**2).sum(dtype=np.float64))
     labels: Int = np.full(len(points), -1)
     inertia, iteration = np.inf, 0
-    for iteration in range(1, max_iterations + 1):  # noqa: B007  # reported below
+    for iteration in range(1, max_iterations + 1):
         before, inertia_before = labels, inertia
         costs = _costs(points, centroids)
         prices = _balance_prices(costs, capacity, prices)
         labels = _repair(costs, (costs + prices).argmin(axis=1), capacity)
         centroids = _means(points, labels, clusters)
         inertia = lengths + _total(costs, labels)
+        on_share(iteration / max_iterations)
         if (labels == before).all() or inertia_before - inertia <= _WORTHWHILE * inertia:
             break
     squared = max(0.0, lengths + _total(_costs(points, centroids), labels))

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from cbtm_coordinator.clustering.corpus import Corpus, ReadReport
 from cbtm_coordinator.clustering.fit import FitResult
-from cbtm_coordinator.clustering.sharding import HELD_OUT, ClusterStats, ShardFile
+from cbtm_coordinator.clustering.progress import ClusterStats, ShardFile
+from cbtm_coordinator.clustering.sharding import HELD_OUT
 
 FORMAT = "cbtm-report-1"
 

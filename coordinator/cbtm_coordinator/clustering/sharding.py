@@ -1,15 +1,18 @@
 """The second pass: every document to its nearest cluster, held out or not by a hash of its id, tokenized, packed.
 
-Token ids wait in spool files, one for each cluster and split, and are cut into shards at document boundaries. Memory
-holds one batch of documents and one write buffer, whatever the corpus and K. Disk holds the corpus as token ids once,
-and one cluster of it twice.
+Batches of documents go to all cores and come back in order, so the shards are the same bytes whatever the number of
+processes. Token ids wait in spool files, one for each cluster and split, and are cut into shards at document
+boundaries. Memory holds a few batches for each process and one write buffer, whatever the corpus and K. Disk holds the
+corpus as token ids once, and one cluster of it twice. A pass that was killed goes on where it was: finished files are
+not opened again, and of the one it was in at most the last batches are done again.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,83 +20,73 @@ import numpy as np
 import numpy.typing as npt
 
 from cbtm_common.errors import InvalidArgument
-from cbtm_common.routing import CentroidRouter
+from cbtm_common.routing import Router
 from cbtm_common.shards import MAX_PAYLOAD_BYTES, token_dtype, write_shard
 from cbtm_coordinator.clustering.corpus import Document
-from cbtm_coordinator.clustering.spool import Spools
+from cbtm_coordinator.clustering.pool import in_order
+from cbtm_coordinator.clustering.progress import ClusterStats, Position, Progress, ShardFile
+from cbtm_coordinator.clustering.spool import Key, Spools
 
 TRAIN, HELD_OUT = "TRAIN", "HELD_OUT"
 # A batch is tokenized at once, at about a hundred bytes of memory a token.
 _BATCH_DOCUMENTS = 256
 _BATCH_CHARACTERS = 4_000_000
+# The pass records how far it is after so many characters.
+_RECORD_CHARACTERS = 16_000_000
 _EXAMPLES = 5
 _EXAMPLE_CHARACTERS = 400
 _LENGTHS_AT_A_TIME = 1 << 16
 
-
-@dataclass(frozen=True, kw_only=True)
-class ShardFile:
-    """One packed shard on disk."""
-
-    cluster_index: int
-    split: str
-    ordinal: int
-    path: Path
-    tokens: int
-    documents: int
-
-
-@dataclass(kw_only=True)
-class ClusterStats:
-    """What the pass saw of one cluster."""
-
-    documents: int = 0
-    tokens: int = 0
-    examples: list[str] = field(default_factory=list)
+# The documents of file i, from the first on. Called anew it gives the same.
+Files = Sequence[Callable[[], Iterable[Document]]]
 
 
 def shard_corpus(
-    documents: Iterable[Document],
-    router: CentroidRouter,
+    files: Files,
+    router: Router,
     tokenizer: Any,
     output: Path,
     *,
     held_out_fraction: float,
+    processes: int = 1,
     on_documents: Callable[[int], None] = lambda _: None,
 ) -> tuple[list[ShardFile], list[ClusterStats]]:
-    """Writes all shards into `output`, a folder for them alone; their list, and statistics by cluster index."""
-    vocab_size, eos = len(tokenizer), int(tokenizer.eos_token_id)
+    """Writes all shards into `output`, a folder for them alone; their list, and statistics by cluster index.
+
+    `tokenizer` is a fast one of transformers, with an EOS token. Beside `output` a folder `<output>.progress` keeps
+    what a later call with the same arguments goes on from; it is the caller's to delete.
+    """
+    folder = output.with_name(f"{output.name}.progress")
+    progress = Progress(folder, output)
     output.mkdir(parents=True, exist_ok=True)
-    spools = Spools(output, token_dtype(vocab_size))
-    stats = [ClusterStats() for _ in router.cluster_ids]
-    for batch in _batches(documents):
-        texts = [document.text for document in batch]
-        # What looks like a special token in a document is text: only packing ends a document.
-        encoded = tokenizer(
-            texts,
-            add_special_tokens=False,
-            split_special_tokens=True,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,
-        )["input_ids"]
-        for document, cluster, ids in zip(batch, router.assign(texts).tolist(), encoded, strict=True):
-            split = HELD_OUT if is_held_out(document.id, held_out_fraction) else TRAIN
-            spools.append((cluster, split), [*ids, eos])
-            _note(stats[cluster], document, len(ids) + 1)
-        on_documents(len(batch))
-    spools.flush()
+    begun = progress.position()
+    vocab_size, eos = len(tokenizer), int(tokenizer.eos_token_id)
+    at = begun or Position(file=0, document=0, sizes={}, stats=[ClusterStats() for _ in router.cluster_ids])
+    spools = Spools(folder, token_dtype(vocab_size), sizes=at.sizes)
+    if begun is not None:
+        on_documents(begun.documents)
+    sharder = _Sharder(router, _Encoder(tokenizer), held_out_fraction, eos, token_dtype(vocab_size))
+    stats = list(at.stats)
+    since = 0
+    for batch in in_order(sharder, _batches(files, at.file, at.document), processes=processes):
+        for key, found in batch.found.items():
+            spools.extend(key, found.tokens, found.lengths)
+        _note(stats, batch)
+        on_documents(batch.documents)
+        since += batch.characters
+        if since >= _RECORD_CHARACTERS:
+            progress.reach(Position(file=batch.file, document=batch.next, sizes=spools.flush(), stats=stats))
+            since = 0
+    progress.reach(Position(file=len(files), document=0, sizes=spools.flush(), stats=stats))
     shards: list[ShardFile] = []
     for cluster in range(len(stats)):
-        train, held_out = (cluster, TRAIN), (cluster, HELD_OUT)
-        if not spools.documents(held_out) and spools.documents(train) > 1:
-            # Every cluster is judged on something, however small it is.
-            spools.append(held_out, spools.take_last(train))
-        for key in (train, held_out):
-            tokens, lengths = spools.read(key)
-            shards += _pack(tokens, lengths, output, cluster, key[1], vocab_size=vocab_size, eos=eos)
-            del tokens, lengths
-            spools.drop(key)
+        packed = progress.packed(cluster)
+        if packed is None:
+            packed = _pack_cluster(spools, cluster, output, vocab_size=vocab_size, eos=eos)
+            progress.pack(cluster, packed)
+        for split in (TRAIN, HELD_OUT):
+            spools.drop((cluster, split))
+        shards += packed
     return shards, stats
 
 
@@ -103,24 +96,137 @@ def is_held_out(document_id: str, fraction: float) -> bool:
     return int.from_bytes(digest[:8], "big") < fraction * 2.0**64
 
 
-def _note(stats: ClusterStats, document: Document, tokens: int) -> None:
-    stats.documents += 1
-    stats.tokens += tokens
-    if len(stats.examples) < _EXAMPLES:
-        stats.examples.append(document.text[:_EXAMPLE_CHARACTERS])
+@dataclass(frozen=True, kw_only=True)
+class _Batch:
+    """Documents of one or more files; those that follow begin at document `next` of file `file`."""
+
+    documents: list[Document]
+    file: int
+    next: int
 
 
-def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+@dataclass(frozen=True, kw_only=True)
+class _Found:
+    """Documents of one (cluster, split), each ended by EOS."""
+
+    tokens: npt.NDArray[Any]
+    lengths: npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Sharded:
+    """A batch, done. `examples`: beginnings of its first documents, by cluster."""
+
+    found: dict[Key, _Found]
+    examples: dict[int, list[str]]
+    documents: int
+    characters: int
+    file: int
+    next: int
+
+
+class _Encoder:
+    """Texts to token ids, as the tokenizer's own call gives them, by its core alone: workers need no transformers."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._saved: str = tokenizer.backend_tokenizer.to_str()
+        self._core: Any = None
+
+    def __call__(self, texts: list[str]) -> list[list[int]]:
+        if self._core is None:
+            self._core = self._load()
+        return [encoding.ids for encoding in self._core.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_saved": self._saved, "_core": None}
+
+    def _load(self) -> Any:
+        from tokenizers import Tokenizer
+
+        core = Tokenizer.from_str(self._saved)
+        core.no_truncation()
+        core.no_padding()
+        # What looks like a special token in a document is text: only packing ends a document.
+        core.encode_special_tokens = True
+        return core
+
+
+@dataclass(frozen=True)
+class _Sharder:
+    """What is done to a batch, in any process."""
+
+    router: Router
+    encode: _Encoder
+    held_out_fraction: float
+    eos: int
+    dtype: np.dtype[Any]
+
+    def __call__(self, batch: _Batch) -> _Sharded:
+        texts = [document.text for document in batch.documents]
+        parts: dict[Key, list[npt.NDArray[Any]]] = {}
+        examples: dict[int, list[str]] = {}
+        clusters = self.router.assign(texts).tolist()
+        for document, cluster, ids in zip(batch.documents, clusters, self.encode(texts), strict=True):
+            split = HELD_OUT if is_held_out(document.id, self.held_out_fraction) else TRAIN
+            parts.setdefault((cluster, split), []).append(np.array([*ids, self.eos], dtype=self.dtype))
+            shown = examples.setdefault(cluster, [])
+            if len(shown) < _EXAMPLES:
+                shown.append(document.text[:_EXAMPLE_CHARACTERS])
+        return _Sharded(
+            found={
+                key: _Found(tokens=np.concatenate(rows), lengths=np.array([len(row) for row in rows], dtype=np.int64))
+                for key, rows in parts.items()
+            },
+            examples=examples,
+            documents=len(texts),
+            characters=sum(map(len, texts)),
+            file=batch.file,
+            next=batch.next,
+        )
+
+
+def _note(stats: Sequence[ClusterStats], batch: _Sharded) -> None:
+    for (cluster, _), found in batch.found.items():
+        stats[cluster].documents += len(found.lengths)
+        stats[cluster].tokens += len(found.tokens)
+    for cluster, examples in batch.examples.items():
+        stats[cluster].examples += examples[: _EXAMPLES - len(stats[cluster].examples)]
+
+
+def _batches(files: Files, first: int, document: int) -> Iterator[_Batch]:
+    """All documents from `document` of file `first` on. A batch that ends with a file says so."""
     batch: list[Document] = []
     characters = 0
-    for document in documents:
-        batch.append(document)
-        characters += len(document.text)
-        if len(batch) >= _BATCH_DOCUMENTS or characters >= _BATCH_CHARACTERS:
-            yield batch
+
+    def is_full() -> bool:
+        return len(batch) >= _BATCH_DOCUMENTS or characters >= _BATCH_CHARACTERS
+
+    for file in range(first, len(files)):
+        skipped = document if file == first else 0
+        for position, found in enumerate(islice(files[file](), skipped, None), skipped):
+            if is_full():
+                yield _Batch(documents=batch, file=file, next=position)
+                batch, characters = [], 0
+            batch.append(found)
+            characters += len(found.text)
+        if is_full():
+            yield _Batch(documents=batch, file=file + 1, next=0)
             batch, characters = [], 0
     if batch:
-        yield batch
+        yield _Batch(documents=batch, file=len(files), next=0)
+
+
+def _pack_cluster(spools: Spools, cluster: int, output: Path, *, vocab_size: int, eos: int) -> list[ShardFile]:
+    found = {split: spools.read((cluster, split)) for split in (TRAIN, HELD_OUT)}
+    tokens, lengths = found[TRAIN]
+    if not len(found[HELD_OUT][1]) and len(lengths) > 1:
+        # Every cluster is judged on something, however small it is: its last document.
+        end = len(tokens) - int(lengths[-1])
+        found = {TRAIN: (tokens[:end], lengths[:-1]), HELD_OUT: (tokens[end:], lengths[-1:])}
+    shards: list[ShardFile] = []
+    for split, (tokens, lengths) in found.items():
+        shards += _pack(tokens, lengths, output, cluster, split, vocab_size=vocab_size, eos=eos)
+    return shards
 
 
 def _pack(

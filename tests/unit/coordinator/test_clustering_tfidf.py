@@ -36,8 +36,20 @@ def test_texts_without_usable_words_give_no_terms(texts: list[str]) -> None:
 
 def test_a_vocabulary_without_end_is_cut_to_what_is_frequent(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_MAX_COUNTED", 50)
+    monkeypatch.setattr(module, "_PIECE_TEXTS", 10)
     texts = [f"common word noise{i}a noise{i}b" for i in range(200)]
-    counted = module._count(texts)
+    counted = module._count(texts, 1, lambda _: None)
     assert len(counted.ids) <= 50
     assert tfidf(texts, min_documents=2).terms == ("common", "word")
     assert math.isclose(tfidf(texts, min_documents=2).idf[0], 1.0)
+
+
+def test_pieces_of_the_sample_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = [f"ship Ship sea{i % 7} mast{i % 3} wreck" if i % 5 else "" for i in range(60)]
+    whole = tfidf(texts, min_documents=2)
+    monkeypatch.setattr(module, "_PIECE_TEXTS", 7)
+    told: list[int] = []
+    cut = tfidf(texts, min_documents=2, on_texts=told.append)
+    assert cut.terms == whole.terms
+    np.testing.assert_array_equal(cut.matrix.toarray(), whole.matrix.toarray())
+    assert sum(told) == 60

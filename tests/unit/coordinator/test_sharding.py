@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import pickle
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from cbtm_common.errors import InvalidArgument
 from cbtm_common.routing import CentroidRouter, TermEmbedding
@@ -16,7 +20,9 @@ from cbtm_common.shards import read_shard
 from cbtm_coordinator.clustering import sharding as module
 from cbtm_coordinator.clustering import spool
 from cbtm_coordinator.clustering.corpus import Document
-from cbtm_coordinator.clustering.sharding import HELD_OUT, TRAIN, ClusterStats, ShardFile, is_held_out, shard_corpus
+from cbtm_coordinator.clustering.progress import ClusterStats, Progress, ShardFile
+from cbtm_coordinator.clustering.sharding import HELD_OUT, TRAIN, is_held_out, shard_corpus
+from cbtm_coordinator.clustering.tokenizer import train_tokenizer
 
 EOS = 0
 
@@ -26,11 +32,13 @@ class Words:
 
     eos_token_id = EOS
 
+    def __init__(self) -> None:
+        vocabulary = {"<end>": EOS, "?": 1} | {f"w{i}": i for i in range(2, 1000)}
+        self.backend_tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
+        self.backend_tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+
     def __len__(self) -> int:
         return 1000
-
-    def __call__(self, texts: list[str], **options: Any) -> dict[str, list[list[int]]]:
-        return {"input_ids": [[int(w[1:]) if w[1:].isdigit() else 1 for w in text.split()] for text in texts]}
 
 
 def make_router(clusters: int = 3) -> CentroidRouter:
@@ -52,8 +60,8 @@ def documents(count: int, clusters: int = 3) -> Iterator[Document]:
 
 
 def shard(tmp_path: Path, count: int, clusters: int = 3, **options: Any) -> tuple[list[ShardFile], list[ClusterStats]]:
-    values: dict[str, Any] = {"held_out_fraction": 0.2, **options}
-    return shard_corpus(documents(count, clusters), make_router(clusters), Words(), tmp_path / "shards", **values)
+    values: dict[str, Any] = {"held_out_fraction": 0.2, "router": make_router(clusters), **options}
+    return shard_corpus([lambda: documents(count, clusters)], tokenizer=Words(), output=tmp_path / "shards", **values)
 
 
 def contents(shards: list[ShardFile], **which: Any) -> list[list[int]]:
@@ -108,7 +116,7 @@ def test_a_document_never_changes_sides() -> None:
 
 def test_pieces_of_one_document_are_on_one_side(tmp_path: Path) -> None:
     pieces = [Document(id=f"d{i // 4}", text=f"topica w{i + 2}") for i in range(80)]
-    shards, _ = shard_corpus(pieces, make_router(1), Words(), tmp_path, held_out_fraction=0.3)
+    shards, _ = shard_corpus([lambda: pieces], make_router(1), Words(), tmp_path / "shards", held_out_fraction=0.3)
     sides = {(tokens[1] - 2) // 4 for tokens in contents(shards, split=HELD_OUT)}
     assert sides
     assert not sides & {(tokens[1] - 2) // 4 for tokens in contents(shards, split=TRAIN)}
@@ -173,19 +181,107 @@ def test_documents_are_taken_from_the_corpus_a_batch_at_a_time(tmp_path: Path) -
         nonlocal done
         done += count
 
-    shard_corpus(counted(), make_router(), Words(), tmp_path, held_out_fraction=0.1, on_documents=on_documents)
+    files = [counted]
+    shard_corpus(files, make_router(), Words(), tmp_path / "a", held_out_fraction=0.1, on_documents=on_documents)
     assert done == taken == 700
     assert most <= 257
 
 
 def test_examples_are_few_and_short(tmp_path: Path) -> None:
-    long = (Document(id=str(i), text="topica " + "word " * 1000) for i in range(50))
-    _, (stats,) = shard_corpus(long, make_router(1), Words(), tmp_path, held_out_fraction=0.1)
+    long = [Document(id=str(i), text="topica " + "word " * 1000) for i in range(50)]
+    _, (stats,) = shard_corpus([lambda: long], make_router(1), Words(), tmp_path / "shards", held_out_fraction=0.1)
     assert len(stats.examples) == 5
     assert all(len(example) == 400 for example in stats.examples)
 
 
 def test_a_cluster_without_documents_has_no_shards(tmp_path: Path) -> None:
-    shards, stats = shard_corpus(documents(20, clusters=1), make_router(3), Words(), tmp_path, held_out_fraction=0.1)
+    shards, stats = shard(tmp_path, 20, clusters=1, router=make_router(3))
     assert {s.cluster_index for s in shards} == {0}
     assert [s.documents for s in stats] == [20, 0, 0]
+
+
+class Killed(BaseException):
+    """The process ended here."""
+
+
+def killed_after(count: int, opened: list[int]) -> list[Callable[[], Iterator[Document]]]:
+    """Three files of 50 documents, whose reading ends the process at document `count` of all; says which are opened."""
+
+    def read(file: int) -> Iterator[Document]:
+        opened.append(file)
+        for i, document in enumerate(documents(150)):
+            if i // 50 == file:
+                if i == count:
+                    raise Killed
+                yield document
+
+    return [partial(read, file) for file in range(3)]
+
+
+def bytes_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("count", [0, 7, 49, 50, 101, 149])
+def test_a_pass_that_was_killed_goes_on_without_the_finished_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    monkeypatch.setattr(module, "_BATCH_DOCUMENTS", 5)
+    monkeypatch.setattr(module, "_RECORD_CHARACTERS", 1)
+    options: dict[str, Any] = {"router": make_router(), "tokenizer": Words(), "held_out_fraction": 0.2}
+    calm = shard_corpus(killed_after(-1, []), output=tmp_path / "calm", **options)
+    for _ in range(2):
+        with pytest.raises(Killed):
+            shard_corpus(killed_after(count, []), output=tmp_path / "shards", **options)
+    # What was written after the last record counts for nothing.
+    for spool_path in (tmp_path / "shards.progress").glob("*.spool"):
+        spool_path.write_bytes(spool_path.read_bytes() + b"12345678")
+    opened: list[int] = []
+    told: list[int] = []
+    files = killed_after(-1, opened)
+    again = shard_corpus(files, output=tmp_path / "shards", on_documents=told.append, **options)
+    assert opened == list(range(count // 50, 3))
+    assert sum(told) == 150
+    assert bytes_of(tmp_path / "shards") == bytes_of(tmp_path / "calm")
+    assert again[1] == calm[1]
+    assert [replace(s, path=Path()) for s in again[0]] == [replace(s, path=Path()) for s in calm[0]]
+
+
+def test_a_pass_killed_while_packing_packs_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calm = shard(tmp_path / "calm", 90)
+    write, written = module.write_shard, 0
+
+    def dying(*given: Any, **options: Any) -> None:
+        nonlocal written
+        written += 1
+        if written == 4:
+            raise Killed
+        write(*given, **options)
+
+    monkeypatch.setattr(module, "write_shard", dying)
+    with pytest.raises(Killed):
+        shard(tmp_path, 90)
+    again = shard(tmp_path, 90)
+    # Two of each cluster, and of the second one the first was written twice.
+    assert written == 8
+    assert bytes_of(tmp_path / "shards") == bytes_of(tmp_path / "calm" / "shards")
+    assert again[1] == calm[1]
+
+
+def test_what_is_done_already_is_only_listed(tmp_path: Path) -> None:
+    first = shard(tmp_path, 60)
+    opened: list[int] = []
+    options: dict[str, Any] = {"router": make_router(), "tokenizer": Words(), "held_out_fraction": 0.2}
+    progress = Progress(tmp_path / "shards.progress", tmp_path / "shards")
+    position = progress.position()
+    assert position is not None
+    assert (position.file, position.documents) == (1, 60)
+    assert shard_corpus(killed_after(0, opened)[:1], output=tmp_path / "shards", **options) == first
+    assert opened == []
+
+
+def test_tokens_are_those_of_the_tokenizers_own_call(tmp_path: Path) -> None:
+    texts = ["A ship at sea; ein Schiff 漢字", "it says <|endoftext|> and goes on", "", " \n"]
+    tokenizer = train_tokenizer(texts[:1] * 9, tmp_path / "tokenizer", vocab_size=300, context=4)
+    expected = tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+    assert pickle.loads(pickle.dumps(module._Encoder(tokenizer)))(texts) == expected
