@@ -56,7 +56,8 @@ def balanced_kmeans(
     best: KMeansResult | None = None
     for attempt in range(restarts):
         chance = np.random.default_rng([seed, attempt])
-        found = _one_run(points, clusters, chance, max_iterations, partial(_share, on_share, attempt, restarts))
+        start = _plus_plus(points, clusters, chance)
+        found = _rounds(points, start, max_iterations, partial(_share, on_share, attempt, restarts))
         if best is None or found.inertia < best.inertia:
             best = found
     assert best is not None
@@ -67,14 +68,11 @@ def _share(on_share: Callable[[float], None], done: int, restarts: int, share: f
     on_share((done + share) / restarts)
 
 
-def _one_run(
-    points: Float,
-    clusters: int,
-    chance: np.random.Generator,
-    max_iterations: int,
-    on_share: Callable[[float], None],
+def _rounds(
+    points: Float, centroids: Float, max_iterations: int, on_share: Callable[[float], None] = lambda _: None
 ) -> KMeansResult:
-    centroids = _plus_plus(points, clusters, chance)
+    """From these centroids [K, d] on, until the inertia falls no more."""
+    clusters = len(centroids)
     capacity = capacities(len(points), clusters)
     prices = np.zeros(clusters, dtype=np.float32)
     lengths = float((points**2).sum(dtype=np.float64))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 
 from cbtm_coordinator.clustering.spool import Key, Sizes
 
-_POSITION = "position.json"
+_INPUTS, _POSITION = "inputs.json", "position.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,12 +54,20 @@ class Position:
 
 
 class Progress:
-    """Records in `directory`, of a pass that writes shards into `output`."""
+    """Records in `directory`, of a pass that writes shards into `output`, under `inputs`, which say what it is made of.
 
-    def __init__(self, directory: Path, output: Path) -> None:
+    What was done under other inputs is deleted.
+    """
+
+    def __init__(self, directory: Path, output: Path, inputs: str) -> None:
         self._directory = directory
         self._output = output
+        if directory.exists() and self._read(_INPUTS) != inputs:
+            shutil.rmtree(directory)
+            shutil.rmtree(output, ignore_errors=True)
         directory.mkdir(parents=True, exist_ok=True)
+        output.mkdir(parents=True, exist_ok=True)
+        self._write(_INPUTS, inputs)
 
     def reach(self, position: Position) -> None:
         sizes = [[*key, *sizes] for key, sizes in position.sizes.items()]

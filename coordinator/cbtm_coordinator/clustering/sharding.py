@@ -10,10 +10,12 @@ not opened again, and of the one it was in at most the last batches are done aga
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -21,6 +23,7 @@ import numpy.typing as npt
 
 from cbtm_common.errors import InvalidArgument
 from cbtm_common.routing import Router
+from cbtm_common.routing.router import JSON_NAME
 from cbtm_common.shards import MAX_PAYLOAD_BYTES, token_dtype, write_shard
 from cbtm_coordinator.clustering.corpus import Document
 from cbtm_coordinator.clustering.pool import in_order
@@ -48,24 +51,26 @@ def shard_corpus(
     output: Path,
     *,
     held_out_fraction: float,
+    inputs: str = "",
     processes: int = 1,
     on_documents: Callable[[int], None] = lambda _: None,
 ) -> tuple[list[ShardFile], list[ClusterStats]]:
     """Writes all shards into `output`, a folder for them alone; their list, and statistics by cluster index.
 
     `tokenizer` is a fast one of transformers, with an EOS token. Beside `output` a folder `<output>.progress` keeps
-    what a later call with the same arguments goes on from; it is the caller's to delete.
+    what a later call with the same arguments goes on from, and which is the caller's to delete. `inputs` says what
+    state the files are in: under another, or another router or tokenizer, it begins anew.
     """
     folder = output.with_name(f"{output.name}.progress")
-    progress = Progress(folder, output)
-    output.mkdir(parents=True, exist_ok=True)
+    encoder = _Encoder(tokenizer)
+    progress = Progress(folder, output, _digest(inputs, router, encoder, held_out_fraction))
     begun = progress.position()
     vocab_size, eos = len(tokenizer), int(tokenizer.eos_token_id)
     at = begun or Position(file=0, document=0, sizes={}, stats=[ClusterStats() for _ in router.cluster_ids])
     spools = Spools(folder, token_dtype(vocab_size), sizes=at.sizes)
     if begun is not None:
         on_documents(begun.documents)
-    sharder = _Sharder(router, _Encoder(tokenizer), held_out_fraction, eos, token_dtype(vocab_size))
+    sharder = _Sharder(router, encoder, held_out_fraction, eos, token_dtype(vocab_size))
     stats = list(at.stats)
     since = 0
     for batch in in_order(sharder, _batches(files, at.file, at.document), processes=processes):
@@ -129,7 +134,7 @@ class _Encoder:
     """Texts to token ids, as the tokenizer's own call gives them, by its core alone: workers need no transformers."""
 
     def __init__(self, tokenizer: Any) -> None:
-        self._saved: str = tokenizer.backend_tokenizer.to_str()
+        self.saved: str = tokenizer.backend_tokenizer.to_str()
         self._core: Any = None
 
     def __call__(self, texts: list[str]) -> list[list[int]]:
@@ -138,12 +143,12 @@ class _Encoder:
         return [encoding.ids for encoding in self._core.encode_batch_fast(texts, add_special_tokens=False)]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_saved": self._saved, "_core": None}
+        return {"saved": self.saved, "_core": None}
 
     def _load(self) -> Any:
         from tokenizers import Tokenizer
 
-        core = Tokenizer.from_str(self._saved)
+        core = Tokenizer.from_str(self.saved)
         core.no_truncation()
         core.no_padding()
         # What looks like a special token in a document is text: only packing ends a document.
@@ -183,6 +188,21 @@ class _Sharder:
             file=batch.file,
             next=batch.next,
         )
+
+
+def _digest(inputs: str, router: Router, encoder: _Encoder, held_out_fraction: float) -> str:
+    """Of all that decides what the shards hold; which run's clusters they are, does not."""
+    digest = hashlib.sha256(json.dumps([inputs, held_out_fraction, encoder.saved]).encode())
+    with TemporaryDirectory() as scratch:
+        router.save(Path(scratch))
+        for path in sorted(Path(scratch).iterdir()):
+            data = path.read_bytes()
+            if path.name == JSON_NAME:
+                about = json.loads(data)
+                about["cluster_ids"] = len(about["cluster_ids"])
+                data = json.dumps(about).encode()
+            digest.update(hashlib.sha256(data).digest())
+    return digest.hexdigest()
 
 
 def _note(stats: Sequence[ClusterStats], batch: _Sharded) -> None:

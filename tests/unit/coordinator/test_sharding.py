@@ -20,7 +20,7 @@ from cbtm_common.shards import read_shard
 from cbtm_coordinator.clustering import sharding as module
 from cbtm_coordinator.clustering import spool
 from cbtm_coordinator.clustering.corpus import Document
-from cbtm_coordinator.clustering.progress import ClusterStats, Progress, ShardFile
+from cbtm_coordinator.clustering.progress import ClusterStats, ShardFile
 from cbtm_coordinator.clustering.sharding import HELD_OUT, TRAIN, is_held_out, shard_corpus
 from cbtm_coordinator.clustering.tokenizer import train_tokenizer
 
@@ -272,10 +272,32 @@ def test_what_is_done_already_is_only_listed(tmp_path: Path) -> None:
     first = shard(tmp_path, 60)
     opened: list[int] = []
     options: dict[str, Any] = {"router": make_router(), "tokenizer": Words(), "held_out_fraction": 0.2}
-    progress = Progress(tmp_path / "shards.progress", tmp_path / "shards")
-    position = progress.position()
-    assert position is not None
-    assert (position.file, position.documents) == (1, 60)
+    assert shard_corpus(killed_after(0, opened)[:1], output=tmp_path / "shards", **options) == first
+    assert opened == []
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"inputs": "rewritten"}, {"held_out_fraction": 0.3}, {"router": make_router(4)}],
+    ids=["files", "fraction", "router"],
+)
+def test_what_was_done_under_other_inputs_is_not_taken_for_these(tmp_path: Path, changed: dict[str, Any]) -> None:
+    opened: list[int] = []
+    options: dict[str, Any] = {"router": make_router(), "tokenizer": Words(), "held_out_fraction": 0.2, **changed}
+    calm = shard_corpus(killed_after(-1, []), output=tmp_path / "calm", **options)
+    shard(tmp_path, 70)
+    again = shard_corpus(killed_after(-1, opened), output=tmp_path / "shards", **options)
+    assert opened == [0, 1, 2]
+    assert bytes_of(tmp_path / "shards") == bytes_of(tmp_path / "calm")
+    assert again[1] == calm[1]
+
+
+def test_the_shards_of_a_run_that_was_killed_serve_another_run_of_the_same_corpus(tmp_path: Path) -> None:
+    first = shard(tmp_path, 60)
+    other = make_router()
+    other._cluster_ids = tuple(f"other-c{i:04d}" for i in range(3))
+    opened: list[int] = []
+    options: dict[str, Any] = {"router": other, "tokenizer": Words(), "held_out_fraction": 0.2}
     assert shard_corpus(killed_after(0, opened)[:1], output=tmp_path / "shards", **options) == first
     assert opened == []
 
