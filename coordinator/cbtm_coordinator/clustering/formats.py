@@ -1,40 +1,47 @@
 """The file formats of a corpus, each as a stream of (position, object): one item, never a whole file, in memory.
 
 JSON lines and text may be compressed (gz, zst); a Parquet file is read a few rows of the needed columns at a time. What
-is wrong with one line goes to `bad`; what is wrong with the file raises one of `read_errors(path)`.
+is wrong with one line goes to `bad`; what is wrong with a file, so that no more of it can be read, raises `Unreadable`.
 """
 
 from __future__ import annotations
 
-import contextlib
-import gzip
+import codecs
 import io
 import json
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
+
+from cbtm_common.errors import InvalidArgument
+from cbtm_coordinator.clustering.streams import COMPRESSED, OnBytes, opened
 
 JSON_SUFFIXES = (".jsonl", ".json", ".ndjson")
 TEXT_SUFFIXES = (".txt", ".md", ".text")
-COMPRESSED = (".gz", ".zst")
 # A longer line is skipped as bad: nothing that fits a document is so long, and memory stays bounded.
-MAX_LINE_BYTES = 32 * 1024 * 1024
+MAX_LINE_BYTES = 64 * 1024 * 1024
 # A longer text becomes several documents of this many characters.
 MAX_CHARACTERS = 1_000_000
 
-_READ_BYTES = 1 << 18
 _PARQUET_ROWS = 256
+_UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 # (position in the file, why): a line that is left out.
 OnBad = Callable[[int, str], None]
-# Bytes of the file read since the last call, as they lie on disk.
-OnBytes = Callable[[int], None]
+
+
+class Unreadable(Exception):
+    """Nothing of a file can be read from `position` on; the message says why, and what to do."""
+
+    def __init__(self, position: int, why: str) -> None:
+        super().__init__(why)
+        self.position = position
 
 
 def kind_of(path: Path) -> str:
     """'json', 'parquet', 'text', or '' for a file that is no part of a corpus."""
-    suffixes = [s for s in path.suffixes if s not in COMPRESSED]
+    suffixes = [s for s in map(str.lower, path.suffixes) if s not in COMPRESSED]
     last = suffixes[-1] if suffixes else ""
     if last in JSON_SUFFIXES:
         return "json"
@@ -43,10 +50,72 @@ def kind_of(path: Path) -> str:
     return "text" if last in TEXT_SUFFIXES else ""
 
 
-def read_errors(path: Path) -> tuple[type[Exception], ...]:
-    """What reading a damaged or unreadable file of this kind may raise."""
+def items(
+    path: Path, *, text_field: str, id_field: str | None, bad: OnBad, on_bytes: OnBytes
+) -> Iterator[tuple[int, Any]]:
+    """All items of a file: objects with at least the fields named, where the file has them.
+
+    A text file has one field, `text_field`. Raises Unreadable.
+    """
+    last = -1
+
+    def on_bad(position: int, why: str) -> None:
+        nonlocal last
+        last = position
+        bad(position, why)
+
+    try:
+        for position, item in _items(path, text_field, id_field, on_bad, on_bytes):
+            last = position
+            yield position, item
+    except _read_errors(path) as error:
+        raise Unreadable(last + 1, _why(error)) from error
+
+
+def parquet_columns(path: Path, *, text_field: str, id_field: str | None) -> list[str]:
+    """Names of the columns. Raises InvalidArgument when those of the two fields are not there or of another type.
+
+    Raises Unreadable when this is no Parquet file.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        schema = pq.read_schema(path)
+    except (OSError, pa.ArrowException) as error:
+        raise Unreadable(0, _why(error)) from error
+    wanted = [("text-field", text_field, "text", _is_text)]
+    if id_field is not None:
+        wanted.append(("id-field", id_field, "text or whole numbers", lambda kind: _is_text(kind) or _is_whole(kind)))
+    for option, name, what, fits in wanted:
+        places = schema.get_all_field_indices(name)
+        if len(places) != 1:
+            count = "several columns" if places else "no column"
+            raise InvalidArgument(f"{option}: {path} has {count} {name!r}; there are {schema.names}", field=option)
+        kind = schema.field(places[0]).type
+        if not fits(kind):
+            raise InvalidArgument(f"{option}: column {name!r} of {path} is {kind}, not {what}", field=option)
+    return list(schema.names)
+
+
+def _is_text(kind: Any) -> bool:
+    import pyarrow.types as types
+
+    if types.is_dictionary(kind):
+        kind = kind.value_type
+    return bool(types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind))
+
+
+def _is_whole(kind: Any) -> bool:
+    import pyarrow.types as types
+
+    return bool(types.is_integer(kind))
+
+
+def _read_errors(path: Path) -> tuple[type[Exception], ...]:
+    """What reading a damaged file of this kind may raise."""
     errors: tuple[type[Exception], ...] = (OSError, EOFError, ValueError, zlib.error)
-    if path.suffix == ".zst":
+    if path.suffix.lower() == ".zst":
         import zstandard
 
         errors = (*errors, zstandard.ZstdError)
@@ -57,65 +126,31 @@ def read_errors(path: Path) -> tuple[type[Exception], ...]:
     return errors
 
 
-def items(
-    path: Path, *, text_field: str, columns: Sequence[str] | None, bad: OnBad, on_bytes: OnBytes
+def _why(error: Exception) -> str:
+    if isinstance(error, _OtherEncoding):
+        return str(error)
+    said = (isinstance(error, OSError) and error.strerror) or " ".join(str(error).split())[:300]
+    return f"{said}; replace it, or leave it out"
+
+
+def _items(
+    path: Path, text_field: str, id_field: str | None, bad: OnBad, on_bytes: OnBytes
 ) -> Iterator[tuple[int, Any]]:
-    """All items of a file. A text file has one field, `text_field`; of a Parquet file only `columns` are read."""
     kind = kind_of(path)
     if kind == "parquet":
-        yield from _parquet(path, columns, on_bytes)
-    elif kind == "text":
-        with _opened(path, on_bytes) as file:
-            yield from _text(file, text_field)
-    else:
-        with _opened(path, on_bytes) as file:
-            yield from _json_lines(file, bad)
+        yield from _parquet(path, list(dict.fromkeys([text_field, id_field or text_field])), bad, on_bytes)
+        return
+    with opened(path, on_bytes) as file:
+        if file.peek(2)[:2] in _UTF16:
+            raise _OtherEncoding("it is UTF-16, not UTF-8; convert it (iconv -f UTF-16 -t UTF-8), or leave it out")
+        yield from _text(file, text_field) if kind == "text" else _json_lines(file, bad)
 
 
-def parquet_columns(path: Path) -> list[str]:
-    """Names of the columns of a Parquet file."""
-    import pyarrow.parquet as pq
-
-    return list(pq.read_schema(path).names)
+class _OtherEncoding(ValueError):
+    """The message says what to do."""
 
 
-class _Counted(io.RawIOBase):
-    """A file that tells how many bytes were read of it."""
-
-    def __init__(self, path: Path, on_bytes: OnBytes) -> None:
-        self._file = path.open("rb", buffering=0)
-        self._on_bytes = on_bytes
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        count = self._file.readinto(buffer) or 0
-        self._on_bytes(count)
-        return count
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()
-
-
-@contextlib.contextmanager
-def _opened(path: Path, on_bytes: OnBytes) -> Iterator[IO[bytes]]:
-    with io.BufferedReader(_Counted(path, on_bytes), _READ_BYTES) as raw:
-        if path.suffix == ".gz":
-            with gzip.GzipFile(fileobj=raw, mode="rb") as unpacked:
-                yield io.BufferedReader(unpacked, _READ_BYTES)
-        elif path.suffix == ".zst":
-            import zstandard
-
-            # Files put together from parts are many frames, one after the other.
-            with zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True, closefd=False) as reader:
-                yield io.BufferedReader(reader, _READ_BYTES)
-        else:
-            yield raw
-
-
-def _json_lines(file: IO[bytes], bad: OnBad) -> Iterator[tuple[int, Any]]:
+def _json_lines(file: io.BufferedReader[Any], bad: OnBad) -> Iterator[tuple[int, Any]]:
     position = -1
     while line := file.readline(MAX_LINE_BYTES):
         position += 1
@@ -128,32 +163,52 @@ def _json_lines(file: IO[bytes], bad: OnBad) -> Iterator[tuple[int, Any]]:
             continue
         try:
             item = json.loads(line)
+        except UnicodeDecodeError as error:
+            bad(position, f"is not UTF-8: byte 0x{error.object[error.start]:02x} at {error.start + 1}")
+        except json.JSONDecodeError as error:
+            bad(position, f"is not JSON: {error.msg} at character {error.pos + 1}")
         except ValueError as error:
             bad(position, f"is not JSON: {error}")
-            continue
         except RecursionError:
             bad(position, "is JSON nested too deep")
-            continue
-        yield position, item
+        else:
+            yield position, item
 
 
-def _parquet(path: Path, columns: Sequence[str] | None, on_bytes: OnBytes) -> Iterator[tuple[int, Any]]:
+def _parquet(path: Path, columns: list[str], bad: OnBad, on_bytes: OnBytes) -> Iterator[tuple[int, Any]]:
     import pyarrow.parquet as pq
 
     size, told, position = path.stat().st_size, 0, 0
     with pq.ParquetFile(path) as file:
         rows = max(1, file.metadata.num_rows)
         for batch in file.iter_batches(batch_size=_PARQUET_ROWS, columns=columns):
-            for row in batch.to_pylist():
-                yield position, row
-                position += 1
+            yield from _rows(batch, position, bad)
+            position += batch.num_rows
             done = size * position // rows
             on_bytes(done - told)
             told = done
 
 
-def _text(file: IO[bytes], text_field: str) -> Iterator[tuple[int, Any]]:
-    with io.TextIOWrapper(file, "utf-8", errors="replace") as text_file:
+def _rows(batch: Any, first: int, bad: OnBad) -> Iterator[tuple[int, Any]]:
+    try:
+        rows = batch.to_pylist()
+    except UnicodeDecodeError:
+        rows = None
+    if rows is not None:
+        yield from enumerate(rows, first)
+        return
+    for index in range(batch.num_rows):
+        try:
+            (row,) = batch.slice(index, 1).to_pylist()
+        except UnicodeDecodeError:
+            bad(first + index, "is not UTF-8")
+        else:
+            yield first + index, row
+
+
+def _text(file: io.BufferedReader[Any], text_field: str) -> Iterator[tuple[int, Any]]:
+    # What is not UTF-8 becomes lone surrogates, by which its document is known as bad.
+    with io.TextIOWrapper(file, "utf-8-sig", errors="surrogateescape") as text_file:
         position = 0
         while text := text_file.read(MAX_CHARACTERS):
             yield position, {text_field: text}

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,18 @@ def zst(data: bytes) -> bytes:
     return zstandard.ZstdCompressor().compress(data)
 
 
+def long_zst(data: bytes) -> bytes:
+    """As `zstd --long=28` makes it, in a stream: the frame asks for a window of 256 MiB."""
+    import zstandard
+
+    parameters = zstandard.ZstdCompressionParameters.from_level(3, window_log=28)
+    packer = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+    return packer.compress(data) + packer.flush()
+
+
+SKIPPABLE_FRAME = bytes.fromhex("502a4d1805000000") + b"aside"
+
+
 def parquet(path: Path, rows: list[dict[str, Any]]) -> Path:
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -49,11 +63,30 @@ def parquet(path: Path, rows: list[dict[str, Any]]) -> Path:
         ("a.ndjson", LINES),
         ("a.jsonl.gz", gzip.compress(LINES)),
         ("a.jsonl.zst", zst(LINES)),
+        ("A.JSONL.GZ", gzip.compress(LINES)),
+        ("a.jsonl.gz", b"".join(gzip.compress(line) for line in LINES.splitlines(keepends=True))),
+        ("a.jsonl.zst", b"".join(zst(line) for line in LINES.splitlines(keepends=True))),
+        ("a.jsonl.zst", zst(LINES[:30]) + SKIPPABLE_FRAME + zst(b"") + zst(LINES[30:])),
+        ("a.jsonl.zst", long_zst(LINES)),
         ("a.jsonl", LINES.replace(b"\n", b"\r\n\n")),
         ("a.jsonl", b"\xef\xbb\xbf" + LINES),
         ("a.jsonl", LINES.rstrip(b"\n")),
     ],
-    ids=["jsonl", "json", "ndjson", "gz", "zst", "blank lines", "byte order mark", "no last newline"],
+    ids=[
+        *(
+            "jsonl",
+            "json",
+            "ndjson",
+            "gz",
+            "zst",
+            "capitals",
+            "gz members",
+            "zst frames",
+            "frames within lines",
+            "long zst",
+        ),
+        *("blank lines", "byte order mark", "no last newline"),
+    ],
 )
 def test_json_lines(tmp_path: Path, name: str, data: bytes) -> None:
     (tmp_path / name).write_bytes(data)
@@ -140,11 +173,36 @@ def test_an_id_that_is_none_makes_a_bad_line(tmp_path: Path, given: str) -> None
     assert report.bad_lines == 1
 
 
-def test_text_that_is_not_utf8_makes_a_bad_line(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_bytes(b'{"text": "good"}\n{"text": "\xff\xfe\xfa"}\n')
-    documents, report = read(tmp_path / "a.jsonl")
-    assert texts(documents) == ["good"]
-    assert report.bad_lines == 1
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt", "a.parquet"])
+def test_text_that_is_not_utf8_makes_a_bad_line(tmp_path: Path, name: str) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    bad = b"caf\xe9"
+    if name == "a.jsonl":
+        (tmp_path / name).write_bytes(b'{"text": "good"}\n{"text": "' + bad + b'"}\n{"text": "better"}\n')
+    elif name == "a.txt":
+        for other, data in (("a.txt", b"good"), ("b.txt", bad), ("c.txt", b"better")):
+            (tmp_path / other).write_bytes(data)
+    else:
+        buffers = pa.array([b"good", bad, b"better"]).buffers()
+        pq.write_table(pa.table({"text": pa.Array.from_buffers(pa.string(), 3, buffers)}), tmp_path / name)
+    documents, report = read(tmp_path)
+    assert texts(documents) == ["good", "better"]
+    assert (report.bad_lines, report.broken) == (1, [])
+    assert "is not UTF-8" in report.samples[0].why
+
+
+def test_text_files_are_read_without_byte_order_mark_and_with_plain_line_ends(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo\r\n")
+    assert texts(read(tmp_path)[0]) == ["one\ntwo\n"]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt"])
+def test_utf16_is_refused_with_the_command_that_converts_it(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(LINES.decode().encode("utf-16"))
+    with pytest.raises(InvalidArgument, match=rf"corpus: .*{name} cannot be read: it is UTF-16.*iconv"):
+        open_corpus([str(tmp_path)])
 
 
 def test_only_some_of_many_bad_lines_are_kept(tmp_path: Path) -> None:
@@ -173,14 +231,81 @@ _MANY = b"".join(b'{"text": "%s"}\n' % random.Random(i).randbytes(1000).hex().en
     ],
     ids=["cut gz", "damaged gz", "damaged zst", "cut zst"],
 )
-def test_a_file_that_breaks_off_is_reported_and_the_others_are_read(tmp_path: Path, name: str, data: bytes) -> None:
+def test_a_file_that_breaks_off_is_named_with_its_line_and_the_others_are_read(
+    tmp_path: Path, name: str, data: bytes
+) -> None:
     (tmp_path / "a.jsonl").write_bytes(LINES)
     (tmp_path / name).write_bytes(data)
     (tmp_path / "c.jsonl").write_bytes(LINES)
     documents, report = read(tmp_path)
     assert texts(documents)[:3] == texts(documents)[-3:] == [row["text"] for row in ROWS]
-    assert report.bad_lines >= 1
-    assert name in report.samples[0].where
+    assert report.bad_lines == 0
+    (broken,) = report.broken
+    line = int(broken.where.removeprefix(f"{tmp_path / name}:"))
+    assert line == len(documents) - 6 + 1
+    with pytest.raises(InvalidArgument, match=rf"corpus: 1 file\(s\) .*{name}:{line} cannot be read: .*; replace it"):
+        report.check_whole()
+
+
+def test_zst_that_is_cut_where_a_line_ends_is_not_taken_for_whole(tmp_path: Path) -> None:
+    packed = zst(_MANY)
+    (tmp_path / "a.jsonl.zst").write_bytes(zst(LINES) + packed[: len(packed) // 500])
+    documents, report = read(tmp_path)
+    assert texts(documents) == [row["text"] for row in ROWS]
+    assert [broken.where for broken in report.broken] == [f"{tmp_path / 'a.jsonl.zst'}:4"]
+
+
+def test_one_pass_finds_all_files_that_break_off(tmp_path: Path) -> None:
+    for name in "abcde":
+        (tmp_path / f"{name}.jsonl.gz").write_bytes(gzip.compress(_MANY)[:-400])
+    _, report = read(tmp_path)
+    with pytest.raises(InvalidArgument, match=r"5 file\(s\).*a\.jsonl\.gz.*b\.jsonl.*c\.jsonl.*; and 2 more") as caught:
+        report.check_whole()
+    assert caught.value.field == "corpus"
+
+
+def test_a_corpus_that_is_whole_passes(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(LINES + b"nonsense\n")
+    _, report = read(tmp_path)
+    report.check_whole()
+
+
+def _grow(path: Path) -> None:
+    with path.open("ab") as file:
+        file.write(LINES)
+
+
+def _rewrite(path: Path) -> None:
+    before = path.stat().st_mtime_ns
+    path.write_bytes(path.read_bytes().swapcase())
+    os.utime(path, ns=(before + 1_000_000, before + 1_000_000))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (_grow, "changed from 144 to 288 bytes"),
+        (lambda path: path.write_bytes(LINES[:50]), "changed from 144 to 50 bytes"),
+        (_rewrite, "changed since"),
+        (Path.unlink, "is gone"),
+    ],
+    ids=["grows", "is cut", "is rewritten", "is deleted"],
+)
+@pytest.mark.parametrize("early", [True, False], ids=["before it is read", "while it is read"])
+def test_a_file_that_changes_is_noticed(
+    tmp_path: Path, change: Callable[[Path], object], said: str, early: bool
+) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(LINES)
+    corpus = open_corpus([str(tmp_path)])
+    report = ReadReport()
+    reading = corpus.documents(report)
+    if not early:
+        next(reading)
+    change(path)
+    list(reading)
+    with pytest.raises(InvalidArgument, match=f"corpus: .*a.jsonl {said}.*nothing writes to it"):
+        report.check_whole()
 
 
 @pytest.mark.parametrize(
@@ -208,6 +333,74 @@ def test_a_line_too_long_for_memory_is_skipped(tmp_path: Path, monkeypatch: pyte
     assert "60 bytes" in report.samples[0].why
 
 
+@pytest.mark.parametrize(
+    ("rows", "options", "message"),
+    [
+        ([{"body": "x"}], {}, r"text-field: .*b\.parquet has no column 'text'; there are \['body'\]"),
+        ([{"text": 3}], {}, r"text-field: column 'text' of .*b\.parquet is int64, not text"),
+        ([{"text": b"x"}], {}, r"text-field: column 'text' of .*b\.parquet is binary, not text"),
+        ([{"text": "x"}], {"id_field": "id"}, r"id-field: .*b\.parquet has no column 'id'"),
+        (
+            [{"text": "x", "id": 1.5}],
+            {"id_field": "id"},
+            r"id-field: column 'id' of .*b\.parquet is double, not text or",
+        ),
+    ],
+)
+def test_each_parquet_file_must_have_the_columns_and_their_types(
+    tmp_path: Path, rows: list[dict[str, Any]], options: dict[str, str], message: str
+) -> None:
+    parquet(tmp_path / "a.parquet", ROWS)
+    parquet(tmp_path / "b.parquet", rows)
+    with pytest.raises(InvalidArgument, match=message):
+        open_corpus([str(tmp_path)], **options)
+
+
+def test_parquet_text_in_any_of_its_encodings_and_ids_that_are_numbers(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = pa.array(["x", "y"])
+    for name, column in (("a", rows.cast(pa.large_string())), ("b", rows.dictionary_encode())):
+        pq.write_table(pa.table({"text": column, "id": pa.array([1, 2])}), tmp_path / f"{name}.parquet")
+    documents, _ = read(tmp_path, id_field="id")
+    assert [(document.id, document.text) for document in documents] == [("1", "x"), ("2", "y")] * 2
+
+
+def test_a_missing_text_in_a_parquet_row_makes_a_bad_line(tmp_path: Path) -> None:
+    documents, report = read(parquet(tmp_path / "a.parquet", [{"text": "x"}, {"text": None}, {"text": "y"}]))
+    assert texts(documents) == ["x", "y"]
+    assert report.samples[0].where == f"{tmp_path / 'a.parquet'}:2"
+
+
+def test_a_file_found_through_a_link_too_is_read_once(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(LINES)
+    (tmp_path / "b.jsonl").symlink_to("a.jsonl")
+    assert len(read(tmp_path)[0]) == 3
+
+
+def test_a_folder_that_may_not_be_looked_into_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.jsonl").write_bytes(LINES)
+    (tmp_path / "closed").mkdir()
+    scandir = os.scandir
+
+    def guarded(path: Any) -> Any:
+        if Path(path).name == "closed":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", guarded)
+    with pytest.raises(InvalidArgument, match=r"corpus: .*closed cannot be read: Permission denied"):
+        open_corpus([str(tmp_path)])
+
+
+def test_a_name_that_is_no_utf8_is_told_in_characters_that_can_be_written(tmp_path: Path) -> None:
+    path = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.jsonl")
+    Path(path).write_bytes(LINES + b"nonsense\n")
+    _, report = read(tmp_path)
+    assert report.samples[0].where.encode() == os.fsencode(tmp_path) + rb"/caf\udce9.jsonl:4"
+
+
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.parquet"])
 def test_the_bytes_told_for_progress_add_up_to_the_corpus(tmp_path: Path, name: str) -> None:
     if name.endswith("parquet"):
@@ -226,6 +419,9 @@ def test_the_bytes_told_for_progress_add_up_to_the_corpus(tmp_path: Path, name: 
         ({}, {}, r"corpus: nothing readable at"),
         ({"a.png": b"x"}, {}, r"corpus: nothing readable at .* expected \.jsonl"),
         ({"a.jsonl": b""}, {}, "hold no document"),
+        ({"a.jsonl": b"\n \r\n\n"}, {}, "hold no document"),
+        ({"a.jsonl.gz": gzip.compress(b"")}, {}, "hold no document"),
+        ({"a.jsonl.zst": b""}, {}, "hold no document"),
         ({"a.jsonl": b"nonsense\n"}, {}, "hold no document: .*a.jsonl:1 is not JSON"),
         ({"a.jsonl": b"[1]\n"}, {}, "hold no document"),
         ({"a.txt": b""}, {}, "hold no document"),
@@ -243,6 +439,11 @@ def test_a_corpus_that_cannot_be_used_is_refused_before_any_work(
     with pytest.raises(InvalidArgument, match=message) as caught:
         open_corpus([str(tmp_path)], **options)
     assert caught.value.metadata["field"] in ("corpus", "text-field", "id-field")
+
+
+def test_an_empty_name_is_not_taken_for_this_folder() -> None:
+    with pytest.raises(InvalidArgument, match="corpus: is empty"):
+        open_corpus([""])
 
 
 def test_a_field_that_the_first_documents_lack_is_looked_for_in_the_others(tmp_path: Path) -> None:
