@@ -133,6 +133,8 @@ class Recipe(_Strict):
             data = tomllib.loads(path.read_text("utf-8"))
         except FileNotFoundError:
             raise InvalidArgument(f"recipe: there is no file {path}", field="recipe") from None
+        except OSError as error:
+            raise InvalidArgument(f"recipe: {path} cannot be read: {error.strerror}", field="recipe") from error
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise InvalidArgument(f"recipe: {path} is not TOML: {error}", field="recipe") from error
         return cls._checked(data, source=str(path))

@@ -1,15 +1,13 @@
 """Makes a run from a corpus: clusters, shards and uploads it, then opens it. Runs where the corpus is.
 
-A client of AdminService: nothing but the run's files goes to the coordinator's object store, by signed URLs. All that
-can be seen to be wrong without reading the whole corpus is refused before the run is made; if it fails later, or is
-interrupted, the draft is deleted again. Memory stays bounded whatever the corpus: the sample, one batch of documents,
-and the seed model while it loads.
+A client of AdminService: nothing but the run's files goes to the coordinator's object store, by signed URLs. What costs
+least is checked first: options, name, the beginnings of all files, the recipe; then the seed model; only then is the
+whole corpus read. If it fails once the draft is made, or is interrupted, the draft is deleted again. Memory stays
+bounded whatever the corpus: the sample, one batch of documents, and the seed model while it loads.
 """
 
 from __future__ import annotations
 
-import contextlib
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -38,7 +36,8 @@ from cbtm_coordinator.clustering.progress import ClusterStats, ShardFile
 from cbtm_coordinator.clustering.report import write_report
 from cbtm_coordinator.clustering.sample import reservoir
 from cbtm_coordinator.clustering.sharding import TRAIN, shard_corpus
-from cbtm_coordinator.upload_run import Files, register_clusters, upload_files
+from cbtm_coordinator.upload_run import Files, patiently, register_clusters, upload_files
+from cbtm_coordinator.work_dir import remove_abandoned, work_dir
 
 # Tokenizer training reads at most this much of the sample: BPE merges settle long before.
 _TOKENIZER_CHARACTERS = 50_000_000
@@ -78,10 +77,12 @@ def create_run(connection: Connection, options: CreateRunOptions, console: Conso
     _check_options(options)
     _check_name_free(connection, options.name)
     corpus = open_corpus(options.corpus, text_field=options.text_field, id_field=options.id_field)
-    with _work_dir(options.work_dir) as work, _bars(console) as bars:
+    if freed := remove_abandoned(options.work_dir):
+        console.print(f"{human_bytes(freed)} that a killed `run create` had left are removed")
+    with work_dir(options.work_dir) as work, _bars(console) as bars:
         bars.console.print(f"{len(corpus.files)} file(s), {human_bytes(corpus.total_bytes)}")
         maker = _Maker(connection, options, corpus, work, bars)
-        maker.load_models()
+        maker.check_config()
         request = ad.CreateRunRequest(
             request_id=new_request_id(),
             name=options.name,
@@ -91,6 +92,7 @@ def create_run(connection: Connection, options: CreateRunOptions, console: Conso
         )
         run = connection.admin.CreateRun(request).run
         try:
+            maker.load_models()
             maker.read_sample()
             maker.build(run)
         except BaseException:
@@ -98,8 +100,8 @@ def create_run(connection: Connection, options: CreateRunOptions, console: Conso
             raise
     made: dict[str, Any] = {"run": run.name, "id": run.id}
     if options.baseline:
-        answer = connection.admin.CreateBaseline(ad.CreateBaselineRequest(request_id=new_request_id(), run=run.id))
-        made["baseline"] = answer.run.name
+        baseline = ad.CreateBaselineRequest(request_id=new_request_id(), run=run.id)
+        made["baseline"] = patiently(lambda: connection.admin.CreateBaseline(baseline)).run.name
     console.print(
         f"[bold]{run.name}[/] is open to workers; watch it with [bold]cbtm-coord status {run.name} --watch[/]"
     )
@@ -116,10 +118,17 @@ def _check_options(options: CreateRunOptions) -> None:
 
 
 def _check_name_free(connection: Connection, name: str) -> None:
-    """Asked before a large model is loaded; that the caller is an administrator comes out here too."""
-    with contextlib.suppress(NotFound):
-        connection.admin.GetRunStatus(ad.GetRunStatusRequest(run=name))
-        raise AlreadyExists(f"name: there is a run {name!r} already; choose another, or delete it first")
+    """Asked before the corpus is looked at; that the caller is an administrator comes out here too."""
+    try:
+        run = connection.admin.GetRunStatus(ad.GetRunStatusRequest(run=name)).run
+    except NotFound:
+        return
+    if run.state == pb.RUN_STATE_DRAFT:
+        raise AlreadyExists(
+            f"name: {name!r} is a run that is still being made, or was left half made; choose another name, or delete "
+            f"it with `cbtm-coord run delete {name}`"
+        )
+    raise AlreadyExists(f"name: there is a run {name!r} already; choose another, or delete it first")
 
 
 def _discard(connection: Connection, run: pb.Run, console: Console) -> None:
@@ -151,15 +160,21 @@ class _Maker:
         self._base: seed_model.BaseModel | None = None
         self._tokens: Any = None
 
+    def check_config(self) -> None:
+        """The model from scratch, as far as its config says. Raises InvalidArgument."""
+        config_path = self._options.from_scratch
+        if config_path is not None:
+            planned = seed_model.check_config(config_path)
+            seed_model.check_fit(planned, sequence_length=self._recipe.sequence_length, tokenizer_size=0)
+            if self._options.tokenizer is None:
+                tokenizer.check_vocab_size(planned.vocab_size)
+
     def load_models(self) -> None:
         """All of the seed model and the tokenizer that does not need the corpus. Raises InvalidArgument."""
         bar = self._bars.add_task("seed model and tokenizer", total=1)
         options = self._options
         source = options.tokenizer
-        if options.from_scratch is not None:
-            planned = seed_model.check_config(options.from_scratch)
-            seed_model.check_fit(planned, sequence_length=self._recipe.sequence_length, tokenizer_size=0)
-        else:
+        if options.from_scratch is None:
             location = str(options.seed_model)
             if location.startswith("s3://"):
                 location = str(seed_model.fetch_prefix(location, self._work / "download"))
@@ -179,14 +194,15 @@ class _Maker:
         documents = self._corpus.documents(self._read, on_bytes=lambda count: self._bars.advance(bar, count))
         self._sample = reservoir(documents, size=self._options.sample_documents, seed=self._recipe.seed)
         read, clusters = self._read, self._options.clusters
-        if read.documents < clusters:
-            raise InvalidArgument(
-                f"clusters: {clusters} clusters cannot be made of {read.documents} document(s)", field="clusters"
-            )
+        read.check_whole()
         if read.bad_lines:
             first = escape(f"{read.samples[0].where}: {read.samples[0].why}")
             self._bars.console.print(
                 f"[yellow]{read.bad_lines:,} bad line(s) are left out[/], the first: {first}", highlight=False
+            )
+        if read.documents < clusters:
+            raise InvalidArgument(
+                f"clusters: {clusters} clusters cannot be made of {read.documents} document(s)", field="clusters"
             )
 
     def build(self, run: pb.Run) -> None:
@@ -209,10 +225,8 @@ class _Maker:
             folder = self._work / name
             self._upload(run.id, kind, {spec.path: (folder / spec.path, spec) for spec in describe(folder)}, name)
         self._register(run.id, fitted, shards, stats)
-        self._connection.admin.StartRun(
-            ad.StartRunRequest(request_id=new_request_id(), run_id=run.id, model_parameters=base.parameters),
-            timeout=600,
-        )
+        start = ad.StartRunRequest(request_id=new_request_id(), run_id=run.id, model_parameters=base.parameters)
+        patiently(lambda: self._connection.admin.StartRun(start, timeout=600))
 
     def _models(self) -> tuple[seed_model.BaseModel, Any]:
         """The base model and the tokenizer, both saved in the work folder; made here when from scratch."""
@@ -264,8 +278,9 @@ class _Maker:
 
     def _shard(self, fitted: FitResult, tokens: Any) -> tuple[list[ShardFile], list[ClusterStats]]:
         bar = self._bars.add_task("assigning and tokenizing", total=self._read.documents)
-        return shard_corpus(
-            [partial(replace(self._corpus, files=(file,)).documents, ReadReport()) for file in self._corpus.files],
+        again = ReadReport()
+        made = shard_corpus(
+            [partial(replace(self._corpus, files=(file,)).documents, again) for file in self._corpus.files],
             fitted.router,
             tokens,
             self._work / "shards",
@@ -273,6 +288,8 @@ class _Maker:
             processes=self._processes,
             on_documents=lambda count: self._bars.advance(bar, count),
         )
+        again.check_whole()
+        return made
 
     def _check_shards(self, shards: Sequence[ShardFile], stats: Sequence[ClusterStats]) -> None:
         need = self._recipe.sequence_length + 1
@@ -341,15 +358,6 @@ def _cluster_table(fitted: FitResult, stats: Sequence[ClusterStats]) -> Table:
         row = (str(index), f"{s.documents:,}", f"{s.tokens:,}", f"{100 * s.tokens / total:.1f} %")
         table.add_row(*row, escape(", ".join(fitted.top_terms[index][:8])))
     return table
-
-
-@contextlib.contextmanager
-def _work_dir(parent: Path | None) -> Iterator[Path]:
-    if parent is not None:
-        parent.mkdir(parents=True, exist_ok=True)
-    # Always a fresh one: what an earlier run left behind must not be taken for this one's.
-    with tempfile.TemporaryDirectory(prefix="cbtm-run-", dir=parent) as made:
-        yield Path(made)
 
 
 class _Amount(ProgressColumn):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import re
 import shutil
 import signal
 from collections.abc import Iterator
@@ -14,6 +16,7 @@ import pytest
 from cbtm_api.v1 import admin_service_pb2 as ad
 from cbtm_api.v1 import catalog_service_pb2 as cs
 from cbtm_api.v1 import resources_pb2 as pb
+from cbtm_common.ids import new_request_id
 from cbtm_common.routing import load_router
 from cbtm_common.shards import read_shard
 from tests.support.run_fixture import MODEL, RECIPE, Site, template, write_corpus
@@ -115,6 +118,8 @@ def test_bad_lines_are_counted_and_shown_and_the_rest_is_used(here: Site, tmp_pa
         ((), {"model": Path("/nowhere/model.json")}, "from-scratch: /nowhere/model.json"),
         (("--seed-model", "x"), {}, "seed-model"),
         (("--tokenizer", "/nowhere/tokenizer"), {}, "tokenizer"),
+        (("--work-dir", "/dev/null/work"), {}, "work-dir: no folder can be made in /dev/null/work"),
+        ((), {"recipe": Path("/")}, "recipe: / cannot be read"),
     ],
     ids=str,
 )
@@ -141,9 +146,12 @@ def test_what_cannot_be_made_is_refused_in_one_line_and_leaves_no_run(
         ("recipe", "no = toml = at all", "is not TOML"),
         ("model", "{}", "model_type"),
         ("model", '{"model_type": "none-such"}', "from-scratch"),
+        ("model", json.dumps({**MODEL, "vocab_size": 100}), "vocab_size 100 is under the 256 bytes"),
+        ("model", json.dumps({**MODEL, "vocab_size": None}), "from-scratch"),
+        ("model", json.dumps({**MODEL, "vocab_size": "many"}), "from-scratch"),
     ],
 )
-def test_a_recipe_or_model_that_does_not_fit_is_named(
+def test_a_recipe_or_model_that_does_not_fit_is_named_before_the_corpus_is_read(
     here: Site, tmp_path: Path, name: str, change: str, message: str
 ) -> None:
     path = tmp_path / "changed"
@@ -152,6 +160,7 @@ def test_a_recipe_or_model_that_does_not_fit_is_named(
     assert made.wait(120) in (1, 2)
     assert message in made.output
     assert "Traceback" not in made.output
+    assert "reading" not in made.output
     assert "impossible" not in runs(here)
 
 
@@ -174,11 +183,63 @@ def test_a_name_that_is_taken_is_refused_and_the_run_is_left_alone(here: Site) -
     assert runs(here)["small"].state == pb.RUN_STATE_TRAINING
 
 
-def test_ctrl_c_leaves_no_half_made_run(here: Site, tmp_path: Path) -> None:
+def large(tmp_path: Path) -> Path:
+    """Large enough that the draft is there for seconds."""
+    return write_corpus(tmp_path / "large.jsonl", each=500, characters=4000)
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_who_interrupts_it_leaves_no_half_made_run_and_no_files(
+    here: Site, tmp_path: Path, signal_number: signal.Signals
+) -> None:
     before = set(runs(here))
-    # Large enough that the draft is there for seconds.
-    made = create(here, "interrupted", corpus=write_corpus(tmp_path / "large.jsonl", each=500, characters=4000))
+    made = create(here, "interrupted", "--work-dir", str(tmp_path / "work"), corpus=large(tmp_path))
     here.until(lambda: "interrupted" in runs(here), "the draft")
-    made.send(signal.SIGINT)
+    made.send(signal_number)
     assert made.wait(60) == 130, made.output
     assert set(runs(here)) == before
+    assert list((tmp_path / "work").iterdir()) == []
+
+
+def test_the_next_one_removes_the_files_of_one_that_was_killed_and_says_what_to_do_with_its_draft(
+    here: Site, tmp_path: Path
+) -> None:
+    work = tmp_path / "work"
+    made = create(here, "killed", "--work-dir", str(work), corpus=large(tmp_path))
+    here.until(lambda: "killed" in runs(here), "the draft")
+    here.until(lambda: any(path.is_file() for path in work.glob("*/**/*")), "a file")
+    made.send(signal.SIGKILL)
+    made.wait(60)
+    left = set(work.iterdir())
+    assert left
+    refused = create(here, "killed", "--work-dir", str(work))
+    assert refused.wait(120) == 1
+    assert "cbtm-coord run delete killed" in refused.output
+    here.connection.admin.DeleteRun(ad.DeleteRunRequest(request_id=new_request_id(), run="killed"))
+    again = create(here, "killed", "--work-dir", str(work))
+    assert again.wait(120) == 0, again.output
+    assert "a killed `run create` had left" in again.output
+    assert list(work.iterdir()) == []
+
+
+def test_a_corpus_of_which_nothing_is_good_is_refused_and_it_is_said_why(here: Site, tmp_path: Path) -> None:
+    for name in "abc":
+        (tmp_path / f"{name}.txt").write_bytes(f"Café {name}".encode("latin-1"))
+    made = create(here, "latin", corpus=tmp_path)
+    assert made.wait(120) == 2, made.output
+    said = " ".join(made.output.split())
+    assert "3 bad line(s) are left out" in said
+    assert "is not UTF-8" in said
+    assert "2 clusters cannot be made of 0 document(s)" in said
+    assert "latin" not in runs(here)
+
+
+def test_files_that_are_damaged_are_all_named_and_leave_no_run(here: Site, tmp_path: Path) -> None:
+    whole = gzip.compress(large(tmp_path).read_bytes())
+    for name, data in (("a", whole[:-2000]), ("b", whole), ("c", whole[:-3000])):
+        (tmp_path / f"{name}.jsonl.gz").write_bytes(data)
+    made = create(here, "damaged", corpus=tmp_path / "*.gz")
+    assert made.wait(120) == 2, made.output
+    last = made.output.rstrip().rsplit("cbtm-coord: error: ", 1)[-1]
+    assert re.search(r"corpus: 2 file\(s\) .*/a\.jsonl\.gz:\d+ cannot be read: .*/c\.jsonl\.gz:\d+ cannot", last), last
+    assert "damaged" not in runs(here)

@@ -11,7 +11,7 @@ import pytest
 
 from cbtm_api.v1 import catalog_service_pb2 as cs
 from cbtm_api.v1 import resources_pb2 as pb
-from cbtm_common.errors import InvalidArgument
+from cbtm_common.errors import InvalidArgument, ResourceExhausted
 from cbtm_common.files import hash_file
 from cbtm_coordinator.clustering import seed_model, tokenizer
 from tests.support.coordinator import RunningCoordinator, running_coordinator
@@ -94,6 +94,17 @@ def load(model: Path, output: Path) -> None:
     base = seed_model.load_pretrained(str(model), output / "base")
     tokens = tokenizer.load_tokenizer(str(model), output / "tokenizer")
     seed_model.check_fit(base, sequence_length=32, tokenizer_size=len(tokens))
+
+
+def test_a_model_that_the_disk_has_no_room_for_is_refused_before_it_is_written(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = (files / "model" / "model.safetensors").stat().st_size
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=size // 2))
+    with pytest.raises(ResourceExhausted, match=r"work-dir: the model takes .* KiB, .*--work-dir"):
+        load(files / "model", tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def _no_folder(model: Path) -> None:

@@ -65,10 +65,21 @@ def create(
         sample_documents=sample,
         work_dir=work_dir,
     )
+    _interrupt_when_told_to_end()
     with open_connection(coordinator, token, data_dir) as connection:
         made = create_run(connection, options, Console(stderr=as_json))
     if as_json:
         show_json(made)
+
+
+def _interrupt_when_told_to_end() -> None:
+    """What ends a session or a service leaves no half-made run either, just as Ctrl-C."""
+    import signal
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # nohup ignores it, so that the command outlives the session.
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, signal.default_int_handler)
 
 
 @app.command("list")

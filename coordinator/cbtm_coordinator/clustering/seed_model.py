@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from cbtm_common.errors import InvalidArgument
+from cbtm_common.cli import human_bytes
+from cbtm_common.errors import InvalidArgument, ResourceExhausted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,6 +177,14 @@ def check_fit(base: BaseModel, *, sequence_length: int, tokenizer_size: int) -> 
 
 
 def _save(model: Any, output: Path) -> BaseModel:
+    """Raises ResourceExhausted when the disk has no room for it."""
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    free = shutil.disk_usage(output.parent).free
+    if size > free:
+        raise ResourceExhausted(
+            f"work-dir: the model takes {human_bytes(size)}, and {output.parent} has only {human_bytes(free)} free; "
+            "name a folder on a larger disk by --work-dir"
+        )
     # Names the code that a model's own repository brings. None of it was run, and workers refuse what asks for it.
     vars(model.config).pop("auto_map", None)
     with _quiet():

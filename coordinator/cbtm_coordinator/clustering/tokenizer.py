@@ -32,16 +32,21 @@ def load_tokenizer(source: str, output: Path) -> Any:
     return tokenizer
 
 
-def train_tokenizer(texts: Iterable[str], output: Path, *, vocab_size: int, context: int) -> Any:
-    """Trains a byte-level BPE with `vocab_size` entries on `texts` and saves it as a Hugging Face folder."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
+def check_vocab_size(vocab_size: int) -> None:
+    """Raises InvalidArgument when a byte-level BPE cannot be so small."""
     if vocab_size < 257:
         raise InvalidArgument(
             f"from-scratch: vocab_size {vocab_size} is under the 256 bytes and the end-of-text token",
             field="vocab_size",
         )
+
+
+def train_tokenizer(texts: Iterable[str], output: Path, *, vocab_size: int, context: int) -> Any:
+    """Trains a byte-level BPE with `vocab_size` entries on `texts` and saves it as a Hugging Face folder."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    check_vocab_size(vocab_size)
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
