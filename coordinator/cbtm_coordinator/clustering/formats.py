@@ -25,6 +25,7 @@ MAX_LINE_BYTES = 64 * 1024 * 1024
 MAX_CHARACTERS = 1_000_000
 
 _PARQUET_ROWS = 256
+_PARQUET_BUFFER = 1 << 20
 _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 # (position in the file, why): a line that is left out.
@@ -179,7 +180,8 @@ def _parquet(path: Path, columns: list[str], bad: OnBad, on_bytes: OnBytes) -> I
     import pyarrow.parquet as pq
 
     size, told, position = path.stat().st_size, 0, 0
-    with pq.ParquetFile(path) as file:
+    # Else all columns of whole row groups, often of a gigabyte, would be in memory.
+    with pq.ParquetFile(path, buffer_size=_PARQUET_BUFFER, pre_buffer=False) as file:
         rows = max(1, file.metadata.num_rows)
         for batch in file.iter_batches(batch_size=_PARQUET_ROWS, columns=columns):
             yield from _rows(batch, position, bad)

@@ -12,8 +12,8 @@ from typing import Any
 COMPRESSED = (".gz", ".zst")
 
 _READ_BYTES = 1 << 18
-# All that these unpack to is in memory at once: at worst, blocks of one repeated byte, some 512 MiB.
-_ZSTD_BYTES = 1 << 14
+# All that these unpack to is in memory at once: half a GiB at worst, when a file is one byte repeated.
+_ZSTD_BYTES = 1 << 13
 # Of `zstd --long=31`, with which large public corpora are packed. The memory is taken only by frames that ask for it.
 _ZSTD_WINDOW = 1 << 31
 

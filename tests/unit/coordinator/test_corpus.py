@@ -373,6 +373,20 @@ def test_a_missing_text_in_a_parquet_row_makes_a_bad_line(tmp_path: Path) -> Non
     assert report.samples[0].where == f"{tmp_path / 'a.parquet'}:2"
 
 
+def test_a_row_group_of_a_parquet_file_is_never_in_memory_whole(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = pa.table({"text": ["some text " * 200] * 20_000})
+    pq.write_table(table, tmp_path / "a.parquet", compression="none", use_dictionary=False)
+    size = table.nbytes
+    del table
+    before, most = pa.total_allocated_bytes(), 0
+    for _ in open_corpus([str(tmp_path)]).documents(ReadReport()):
+        most = max(most, pa.total_allocated_bytes() - before)
+    assert 0 < most < size / 4
+
+
 def test_a_file_found_through_a_link_too_is_read_once(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(LINES)
     (tmp_path / "b.jsonl").symlink_to("a.jsonl")
