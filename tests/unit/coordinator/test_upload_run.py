@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Self
 
+import httpx
 import pytest
 
 from cbtm_api.v1 import admin_service_pb2 as ad
@@ -15,7 +17,7 @@ from cbtm_api.v1 import resources_pb2 as pb
 from cbtm_common.errors import IntegrityError, PermissionDenied, Unavailable
 from cbtm_common.files import FileSpec
 from cbtm_common.rpc import RetryPolicy
-from cbtm_common.transfer import UrlExpired
+from cbtm_common.transfer import Transfer, UrlExpired
 from cbtm_coordinator import upload_run
 
 SIZE = 100
@@ -119,6 +121,27 @@ def test_a_store_that_refuses_every_url_is_not_asked_for_ever(monkeypatch: pytes
     with pytest.raises(PermissionDenied, match=r"upload: f0 .* 403: AccessDenied; check .* credentials .* clocks"):
         send(store, 2, monkeypatch)
     assert len(store.prepared) == 4
+
+
+def test_what_the_store_answers_reaches_the_owner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def refuse(request: httpx.Request) -> httpx.Response:
+        asked.append(str(request.url))
+        return httpx.Response(403, text="<Code>RequestTimeTooSkewed</Code>")
+
+    store = Store()
+    spec = FileSpec(path="shard", size=5, sha256="0" * 64)
+    put = pb.SignedRequest(method="PUT", url="/bucket/shard?signature=x")
+    answer = ad.PrepareRunUploadResponse(uploads=[pb.Upload(file=spec.to_proto(), request=put)])
+    monkeypatch.setattr(store.admin, "PrepareRunUpload", lambda request: answer)
+    made = partial(Transfer, transport=httpx.MockTransport(refuse))
+    monkeypatch.setattr(upload_run, "Transfer", made)
+    (tmp_path / "shard").write_bytes(b"bytes")
+    files = {"shard": (tmp_path / "shard", spec)}
+    with pytest.raises(PermissionDenied, match=r"upload: shard .* answered 403: <Code>RequestTimeTooSkewed"):
+        upload_run.upload_files(store, "run", ad.RUN_FILE_KIND_SHARD, files, on_bytes=lambda _: None)  # type: ignore[arg-type]
+    assert asked == ["http://store/bucket/shard?signature=x"] * 4
 
 
 def test_a_store_that_forgets_the_parts_that_it_took_is_not_asked_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
