@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import signal
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -220,6 +221,24 @@ def test_the_next_one_removes_the_files_of_one_that_was_killed_and_says_what_to_
     assert again.wait(120) == 0, again.output
     assert "a killed `run create` had left" in again.output
     assert list(work.iterdir()) == []
+
+
+def test_a_coordinator_that_is_restarted_in_the_middle_costs_nothing(here: Site, tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    made = create(here, "patient", "--work-dir", str(work), corpus=large(tmp_path))
+    here.until(lambda: "patient" in runs(here), "the draft")
+    here.coordinator.send(signal.SIGKILL)
+    here.coordinator.wait(60)
+    # All is ready by then, and the upload begins.
+    here.until(lambda: list(work.glob("*/report/report.json")), "the report")
+    with socket.create_server(("127.0.0.1", here.port)) as nobody:
+        nobody.settimeout(30)
+        for _ in range(3):
+            # gRPC tries again after a second, and then more.
+            nobody.accept()[0].close()
+    here.start_coordinator()
+    assert made.wait(120) == 0, made.output
+    assert runs(here)["patient"].state == pb.RUN_STATE_TRAINING
 
 
 def test_a_corpus_of_which_nothing_is_good_is_refused_and_it_is_said_why(here: Site, tmp_path: Path) -> None:
