@@ -8,6 +8,7 @@ bounded whatever the corpus: the sample, one batch of documents, and the seed mo
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -55,7 +56,9 @@ _FOLDERS = (
 class CreateRunOptions:
     """What `cbtm-coord run create` was told. Exactly one of `seed_model` and `from_scratch` is set.
 
-    `work_dir` is where the temporary folder is made, which takes up to about twice the corpus as token ids.
+    `work_dir` is where the temporary folder is made, which takes up to about twice the corpus as token ids. With
+    `resume_dir` the shards are made there instead, in a folder of the run's name: if the command is killed, the same
+    one goes on with them, and the folder is deleted once the run is made.
     """
 
     name: str
@@ -70,6 +73,7 @@ class CreateRunOptions:
     baseline: bool = False
     sample_documents: int = 50_000
     work_dir: Path | None = None
+    resume_dir: Path | None = None
 
 
 def create_run(connection: Connection, options: CreateRunOptions, console: Console) -> dict[str, Any]:
@@ -152,6 +156,7 @@ class _Maker:
         self._recipe = options.recipe
         self._corpus = corpus
         self._work = work
+        self._shards = (work if options.resume_dir is None else options.resume_dir / options.name) / "shards"
         self._bars = bars
         self._read = ReadReport()
         self._sample: list[str] = []
@@ -225,6 +230,8 @@ class _Maker:
             folder = self._work / name
             self._upload(run.id, kind, {spec.path: (folder / spec.path, spec) for spec in describe(folder)}, name)
         self._register(run.id, fitted, shards, stats)
+        if self._options.resume_dir is not None:
+            shutil.rmtree(self._shards.parent)
         start = ad.StartRunRequest(request_id=new_request_id(), run_id=run.id, model_parameters=base.parameters)
         patiently(lambda: self._connection.admin.StartRun(start, timeout=600))
 
@@ -283,8 +290,9 @@ class _Maker:
             [partial(replace(self._corpus, files=(file,)).documents, again) for file in self._corpus.files],
             fitted.router,
             tokens,
-            self._work / "shards",
+            self._shards,
             held_out_fraction=self._recipe.held_out_fraction,
+            inputs=repr(self._corpus),
             processes=self._processes,
             on_documents=lambda count: self._bars.advance(bar, count),
         )

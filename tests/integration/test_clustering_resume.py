@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from cbtm_api.v1 import admin_service_pb2 as ad
+from cbtm_api.v1 import catalog_service_pb2 as cs
+from cbtm_common.ids import new_request_id
 from cbtm_common.routing import load_router
 from cbtm_coordinator.clustering.corpus import ReadReport, open_corpus
 from cbtm_coordinator.clustering.fit import fit
 from cbtm_coordinator.clustering.tokenizer import train_tokenizer
+from tests.support.run_fixture import MODEL, RECIPE, Site, template, write_corpus
+from tests.support.zygote import Child
 
 pytestmark = pytest.mark.integration
 
@@ -91,3 +98,40 @@ def test_killed_at_any_time_and_on_any_number_of_processes_it_makes_the_same_sha
     assert begin(folder, output, 2).wait(120) == 0
     assert shards(output) == shards(tmp_path / "calm")
     assert len(load_router(folder / "router").cluster_ids) * 2 == len(shards(output))
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    folder = tmp_path_factory.mktemp("resume")
+    shutil.copytree(template(), folder / "coordinator")
+    (folder / "recipe.toml").write_text(RECIPE)
+    (folder / "model.json").write_text(json.dumps(MODEL))
+    write_corpus(folder / "corpus.jsonl", each=300, characters=3000)
+    with Site(folder) as made:
+        made.start_coordinator()
+        yield made
+
+
+def create(here: Site, name: str, *more: str) -> Child:
+    options = ["--data-dir", str(here.data), "--name", name, "--clusters", "2", "--corpus"]
+    options += [str(here.folder / "corpus.jsonl"), "--recipe", str(here.folder / "recipe.toml")]
+    return here.coord("run", "create", *options, "--from-scratch", str(here.folder / "model.json"), *more)
+
+
+def stored(here: Site, name: str) -> list[str]:
+    shards = here.connection.catalog.ListShards(cs.ListShardsRequest(run=name)).shards
+    return sorted(shard.file.sha256 for shard in shards)
+
+
+def test_the_command_that_was_killed_is_given_again_and_makes_the_run(here: Site, tmp_path: Path) -> None:
+    calm = create(here, "calm")
+    assert calm.wait(120) == 0, calm.output
+    options = ("--resume-dir", str(tmp_path))
+    killed = create(here, "killed", *options)
+    here.until(lambda: (tmp_path / "killed" / "shards.progress" / "inputs.json").exists(), "the second pass")
+    killed.kill()
+    here.connection.admin.DeleteRun(ad.DeleteRunRequest(request_id=new_request_id(), run="killed"))
+    again = create(here, "killed", *options)
+    assert again.wait(120) == 0, again.output
+    assert stored(here, "killed") == stored(here, "calm")
+    assert list(tmp_path.iterdir()) == []

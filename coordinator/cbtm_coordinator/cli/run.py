@@ -34,6 +34,9 @@ def create(
     work_dir: Annotated[
         Path | None, typer.Option(help="Folder for intermediate files (default: a temporary one).")
     ] = None,
+    resume_dir: Annotated[
+        Path | None, typer.Option(help="Folder to keep shards in until the run is made: once killed, it goes on there.")
+    ] = None,
     coordinator: Coordinator = None,
     token: AdminToken = None,
     data_dir: DataDir = None,
@@ -64,6 +67,7 @@ def create(
         baseline=baseline,
         sample_documents=sample,
         work_dir=work_dir,
+        resume_dir=resume_dir,
     )
     _interrupt_when_told_to_end()
     with open_connection(coordinator, token, data_dir) as connection:
