@@ -9,6 +9,7 @@ bounded whatever the corpus: the sample, one batch of documents, and the seed mo
 from __future__ import annotations
 
 import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -24,13 +25,13 @@ from rich.text import Text
 from cbtm_api.v1 import admin_service_pb2 as ad
 from cbtm_api.v1 import resources_pb2 as pb
 from cbtm_common.cli import human_bytes
-from cbtm_common.errors import AlreadyExists, CbtmError, InvalidArgument, NotFound
-from cbtm_common.files import FileSpec, describe, hash_file
+from cbtm_common.errors import AlreadyExists, CbtmError, InvalidArgument, NotFound, ResourceExhausted
+from cbtm_common.files import FileSpec, describe, hash_file, is_disk_full
 from cbtm_common.ids import cluster_id, new_request_id
 from cbtm_common.recipe import Recipe
 from cbtm_common.rpc import Connection
 from cbtm_coordinator.clustering import seed_model, tokenizer
-from cbtm_coordinator.clustering.corpus import Corpus, ReadReport, open_corpus
+from cbtm_coordinator.clustering.corpus import Corpus, CorpusFile, Document, ReadReport, open_corpus
 from cbtm_coordinator.clustering.fit import FitResult, fit
 from cbtm_coordinator.clustering.pool import cores
 from cbtm_coordinator.clustering.progress import ClusterStats, ShardFile
@@ -102,6 +103,9 @@ def create_run(connection: Connection, options: CreateRunOptions, console: Conso
         except BaseException:
             _discard(connection, run, bars.console)
             raise
+    if options.resume_dir is not None:
+        # The run is open: what cannot be deleted is no reason to say that it is not.
+        shutil.rmtree(options.resume_dir / options.name, ignore_errors=True)
     made: dict[str, Any] = {"run": run.name, "id": run.id}
     if options.baseline:
         baseline = ad.CreateBaselineRequest(request_id=new_request_id(), run=run.id)
@@ -119,6 +123,14 @@ def _check_options(options: CreateRunOptions) -> None:
         raise InvalidArgument(
             f"sample: {options.sample_documents} document(s) are fewer than {options.clusters} clusters", field="sample"
         )
+    if options.resume_dir is not None:
+        try:
+            options.resume_dir.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=options.resume_dir).close()
+        except OSError as error:
+            raise InvalidArgument(
+                f"resume-dir: nothing can be written in {options.resume_dir}: {error.strerror}", field="resume-dir"
+            ) from error
 
 
 def _check_name_free(connection: Connection, name: str) -> None:
@@ -230,8 +242,6 @@ class _Maker:
             folder = self._work / name
             self._upload(run.id, kind, {spec.path: (folder / spec.path, spec) for spec in describe(folder)}, name)
         self._register(run.id, fitted, shards, stats)
-        if self._options.resume_dir is not None:
-            shutil.rmtree(self._shards.parent)
         start = ad.StartRunRequest(request_id=new_request_id(), run_id=run.id, model_parameters=base.parameters)
         patiently(lambda: self._connection.admin.StartRun(start, timeout=600))
 
@@ -285,19 +295,30 @@ class _Maker:
 
     def _shard(self, fitted: FitResult, tokens: Any) -> tuple[list[ShardFile], list[ClusterStats]]:
         bar = self._bars.add_task("assigning and tokenizing", total=self._read.documents)
-        again = ReadReport()
-        made = shard_corpus(
-            [partial(replace(self._corpus, files=(file,)).documents, again) for file in self._corpus.files],
-            fitted.router,
-            tokens,
-            self._shards,
-            held_out_fraction=self._recipe.held_out_fraction,
-            inputs=repr(self._corpus),
-            processes=self._processes,
-            on_documents=lambda count: self._bars.advance(bar, count),
-        )
-        again.check_whole()
-        return made
+        try:
+            return shard_corpus(
+                [partial(self._read_again, file) for file in self._corpus.files],
+                fitted.router,
+                tokens,
+                self._shards,
+                held_out_fraction=self._recipe.held_out_fraction,
+                inputs=repr(self._corpus),
+                processes=self._processes,
+                on_documents=lambda count: self._bars.advance(bar, count),
+            )
+        except OSError as error:
+            if self._options.resume_dir is not None and is_disk_full(error):
+                raise ResourceExhausted(
+                    f"resume-dir: the disk of {self._options.resume_dir} is full; make room there, and give the same "
+                    "command again"
+                ) from error
+            raise
+
+    def _read_again(self, file: CorpusFile) -> Iterator[Document]:
+        """Ends with an error, before the next file is begun, when this one is not what it was in the first pass."""
+        report = ReadReport()
+        yield from replace(self._corpus, files=(file,)).documents(report)
+        report.check_whole()
 
     def _check_shards(self, shards: Sequence[ShardFile], stats: Sequence[ClusterStats]) -> None:
         need = self._recipe.sequence_length + 1

@@ -120,6 +120,7 @@ def test_bad_lines_are_counted_and_shown_and_the_rest_is_used(here: Site, tmp_pa
         (("--seed-model", "x"), {}, "seed-model"),
         (("--tokenizer", "/nowhere/tokenizer"), {}, "tokenizer"),
         (("--work-dir", "/dev/null/work"), {}, "work-dir: no folder can be made in /dev/null/work"),
+        (("--resume-dir", "/dev/null/kept"), {}, "resume-dir: nothing can be written in /dev/null/kept"),
         ((), {"recipe": Path("/")}, "recipe: / cannot be read"),
     ],
     ids=str,
@@ -221,6 +222,17 @@ def test_the_next_one_removes_the_files_of_one_that_was_killed_and_says_what_to_
     assert again.wait(120) == 0, again.output
     assert "a killed `run create` had left" in again.output
     assert list(work.iterdir()) == []
+
+
+def test_a_corpus_that_changes_between_its_passes_is_refused(here: Site, tmp_path: Path) -> None:
+    corpus, kept = large(tmp_path), tmp_path / "kept"
+    made = create(here, "changing", "--resume-dir", str(kept), corpus=corpus)
+    here.until(lambda: list(kept.glob("changing/shards.progress/*.json")), "the second pass")
+    with corpus.open("a") as file:
+        file.write('{"text": "one more"}\n')
+    assert made.wait(120) == 2, made.output
+    assert re.search(r"corpus: 1 file\(s\) .*/large\.jsonl changed from [\d,]+ to [\d,]+ bytes", made.output), made.output
+    assert "changing" not in runs(here)
 
 
 def test_a_coordinator_that_is_restarted_in_the_middle_costs_nothing(here: Site, tmp_path: Path) -> None:
