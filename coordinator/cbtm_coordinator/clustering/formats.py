@@ -180,8 +180,9 @@ def _parquet(path: Path, columns: list[str], bad: OnBad, on_bytes: OnBytes) -> I
     import pyarrow.parquet as pq
 
     size, told, position = path.stat().st_size, 0, 0
-    # Else all columns of whole row groups, often of a gigabyte, would be in memory.
-    with pq.ParquetFile(path, buffer_size=_PARQUET_BUFFER, pre_buffer=False) as file:
+    # Without a buffer, columns of whole row groups, often of a gigabyte, would be in memory.
+    options = {"buffer_size": _PARQUET_BUFFER, "pre_buffer": False, "page_checksum_verification": True}
+    with pq.ParquetFile(path, **options) as file:
         rows = max(1, file.metadata.num_rows)
         for batch in file.iter_batches(batch_size=_PARQUET_ROWS, columns=columns):
             yield from _rows(batch, position, bad)

@@ -373,6 +373,20 @@ def test_a_missing_text_in_a_parquet_row_makes_a_bad_line(tmp_path: Path) -> Non
     assert report.samples[0].where == f"{tmp_path / 'a.parquet'}:2"
 
 
+def test_a_damaged_page_of_a_parquet_file_with_checksums_is_noticed(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = tmp_path / "a.parquet"
+    table = pa.Table.from_pylist(ROWS)
+    pq.write_table(table, path, compression="none", use_dictionary=False, write_page_checksum=True)
+    assert len(read(path)[0]) == 3
+    path.write_bytes(path.read_bytes().replace(b"number 1", b"number 7", 1))
+    _, report = read(path)
+    with pytest.raises(InvalidArgument, match=r"corpus: .*a\.parquet:1 cannot be read: .*; replace it"):
+        report.check_whole()
+
+
 def test_a_row_group_of_a_parquet_file_is_never_in_memory_whole(tmp_path: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
