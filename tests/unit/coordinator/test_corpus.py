@@ -256,8 +256,9 @@ def test_zst_that_is_cut_where_a_line_ends_is_not_taken_for_whole(tmp_path: Path
 
 
 def test_one_pass_finds_all_files_that_break_off(tmp_path: Path) -> None:
+    cut = gzip.compress(_MANY)[:-400]
     for name in "abcde":
-        (tmp_path / f"{name}.jsonl.gz").write_bytes(gzip.compress(_MANY)[:-400])
+        (tmp_path / f"{name}.jsonl.gz").write_bytes(cut)
     _, report = read(tmp_path)
     with pytest.raises(InvalidArgument, match=r"5 file\(s\).*a\.jsonl\.gz.*b\.jsonl.*c\.jsonl.*; and 2 more") as caught:
         report.check_whole()
