@@ -38,7 +38,8 @@ def prefix_ends(tokenizer: Any, text: str) -> tuple[str, list[int]]:
 
 def revectorise(router: CentroidRouter, vectorizer: Any, text: str, ends: list[int]) -> Any:
     """Weights [T, K] by vectorising every prefix from its first character."""
-    counts = vectorizer.transform([text[:end] for end in ends])
+    counts = vectorizer.transform([text[:end] for end in ends]).astype(np.float64)
+    counts.data = 1 + np.log(counts.data)
     embedded = normalise(np.asarray(counts @ router.embedding.projection.astype(np.float64)))
     weights = mixture_weights(router.squared_distances(embedded), temperature=router.temperature, top_k=TOP_K)
     unknown = ~embedded.any(axis=1)

@@ -76,12 +76,13 @@ def test_a_seed_gives_the_same_router_and_it_survives_being_saved(
     np.testing.assert_array_equal(load_router(tmp_path).assign(texts), fitted.router.assign(texts))
 
 
-def test_tf_idf_is_that_of_scikit_learn(texts: list[str]) -> None:
+@pytest.mark.parametrize("sublinear", [False, True])
+def test_tf_idf_is_that_of_scikit_learn(texts: list[str], sublinear: bool) -> None:
     from sklearn.feature_extraction.text import TfidfVectorizer
 
-    theirs = TfidfVectorizer(analyzer=terms, min_df=2)
+    theirs = TfidfVectorizer(analyzer=terms, min_df=2, sublinear_tf=sublinear)
     expected = theirs.fit_transform(texts)
-    ours = tfidf(texts, min_documents=2)
+    ours = tfidf(texts, min_documents=2, sublinear=sublinear)
     assert ours.terms == tuple(theirs.get_feature_names_out())
     np.testing.assert_allclose(ours.idf, theirs.idf_, rtol=1e-6)
     np.testing.assert_allclose(ours.matrix.toarray(), expected.toarray(), atol=1e-5)

@@ -148,6 +148,7 @@ class CentroidRouter(Router):
             {
                 "dimensions": self.embedding.dimensions,
                 "temperature": self._temperature,
+                "sublinear": self.embedding.sublinear,
                 "terms": list(self.embedding.terms),
             },
         )
@@ -164,7 +165,7 @@ class CentroidRouter(Router):
         _check_saved(directory, about, tensors)
         return cls(
             cluster_ids=about["cluster_ids"],
-            embedding=TermEmbedding(about["terms"], tensors["projection"]),
+            embedding=TermEmbedding(about["terms"], tensors["projection"], sublinear=about.get("sublinear", False)),
             centroids=tensors["centroids"],
             prior=tensors["prior"],
             temperature=float(about["temperature"]),
@@ -179,6 +180,8 @@ def _check_saved(directory: Path, about: dict[str, Any], tensors: dict[str, npt.
             raise IntegrityError(f"{directory}: {name} is not a list of names")
         if len(set(listed)) != len(listed):
             raise IntegrityError(f"{directory}: a name appears twice in {name}")
+    if not isinstance(about.get("sublinear", False), bool):
+        raise IntegrityError(f"{directory}: sublinear is neither true nor false")
     if not 0 < float(about["temperature"]) < float("inf"):
         raise IntegrityError(f"{directory}: temperature {about['temperature']} is not above 0")
     for name, rank in (("projection", 2), ("centroids", 2), ("prior", 1)):

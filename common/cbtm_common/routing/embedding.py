@@ -1,12 +1,14 @@
-"""tf-idf and truncated SVD as one linear map, and its value at every prefix of a text.
+"""tf-idf and truncated SVD as one sum over a text's terms, and its value at every prefix of the text.
 
-h(x) = normalise(sum over terms w of count(w) · idf(w) · V_w): the tf-idf norm cancels in the last normalisation, so
-the embedding before normalising is a sum over terms. `projection` [V, d] holds idf(w) · V_w. One pass over a text
-then gives h at every prefix: a running sum over finished words, plus the one word that a prefix may cut.
+h(x) = normalise(sum over terms w of tf(count(w)) · idf(w) · V_w): the tf-idf norm cancels in the last normalisation, so
+the embedding before normalising is a sum over terms. `projection` [V, d] holds idf(w) · V_w. tf(c) is c, as in c-BTM,
+or sublinear, 1 + ln c: then the next occurrence of a word adds tf(c + 1) - tf(c) of its row. One pass over a text so
+gives h at every prefix: a running sum over finished words, plus the one word that a prefix may cut.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,10 +16,28 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from cbtm_common.routing.terms import WORD, term_of, words
+from cbtm_common.routing.history import History
+from cbtm_common.routing.terms import term_of, word_counts, words
+
+# Words whose row is remembered: frequent ones come early, and memory stays bounded.
+_REMEMBERED = 1 << 18
 
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
+
+
+class _Rows(dict[str, int]):
+    """From a word as it is written to its term's row, -1 for none. The first words met are remembered."""
+
+    def __init__(self, row_of_term: dict[str, int]) -> None:
+        self._row_of_term = row_of_term
+
+    def __missing__(self, word: str) -> int:
+        term = term_of(word)
+        row = -1 if term is None else self._row_of_term.get(term, -1)
+        if len(self) < _REMEMBERED:
+            self[word] = row
+        return row
 
 
 @dataclass(frozen=True)
@@ -28,17 +48,25 @@ class RunningText:
     total: Float64
     # The last word, which what comes next may still lengthen.
     tail: str
+    # The finished words: so many of the rows of a history are this text's.
+    history: History
+    length: int
 
 
 class TermEmbedding:
-    """`terms[i]` has row i of `projection` [V, d], float32. Sums are taken in float64."""
+    """`terms[i]` has row i of `projection` [V, d], float32. Sums are taken in float64.
 
-    def __init__(self, terms: Sequence[str], projection: Float32) -> None:
+    `sublinear`: a term that occurs c times weighs 1 + ln c, not c.
+    """
+
+    def __init__(self, terms: Sequence[str], projection: Float32, *, sublinear: bool = False) -> None:
         if projection.shape[0] != len(terms):
             raise ValueError(f"{len(terms)} terms for a projection of {projection.shape[0]} rows")
         self.terms = tuple(terms)
-        self.projection = projection
-        self._row = {term: row for row, term in enumerate(terms)}
+        self.sublinear = sublinear
+        # Row by row, as it is looked up.
+        self.projection = np.ascontiguousarray(projection)
+        self._rows = _Rows({term: row for row, term in enumerate(terms)})
 
     @property
     def dimensions(self) -> int:
@@ -49,11 +77,12 @@ class TermEmbedding:
         sums = np.zeros((len(texts), self.dimensions))
         for i, text in enumerate(texts):
             # Words are counted before they are looked at: most of them are repeats.
-            counts = [(self._row_of(word), count) for word, count in Counter(WORD.findall(text)).items()]
-            known = [(row, count) for row, count in counts if row is not None]
-            if known:
-                rows, times = zip(*known, strict=True)
-                sums[i] = np.array(times, dtype=np.float64) @ self.projection[list(rows)]
+            counted = word_counts(text)
+            rows = np.fromiter(map(self._rows.__getitem__, counted), dtype=np.int64, count=len(counted))
+            times = np.fromiter(counted.values(), dtype=np.float64, count=len(counted))
+            known = rows >= 0
+            weights = 1 + np.log(times[known]) if self.sublinear else times[known]
+            sums[i] = weights @ self.projection.take(rows[known], axis=0)
         return normalise(sums)
 
     def embed_prefixes(self, text: str, ends: Sequence[int]) -> Float64:
@@ -70,6 +99,13 @@ class TermEmbedding:
         known = {i + 1: row for i, row in enumerate(rows) if row is not None}
         if known:
             vectors[list(known)] = self.projection[list(known.values())]
+        counts: Counter[int] = Counter()
+        places: dict[int, list[int]] = {}
+        if self.sublinear:
+            for i, found in known.items():
+                counts[found] += 1
+                vectors[i] *= self._step(counts[found])
+                places.setdefault(found, []).append(i)
         sums = np.cumsum(vectors, axis=0)
         # Words that end at or before each prefix's end are whole; the next one is cut if it has begun.
         whole = np.searchsorted(spans[:, 1], end_of, side="right")
@@ -78,40 +114,51 @@ class TermEmbedding:
             if done < len(spans) and spans[done, 0] < end:
                 row = self._row_of_span(text, int(spans[done, 0]), end)
                 if row is not None:
-                    result[t] += self.projection[row]
+                    # Of `places` those up to `done` are before this prefix's last word.
+                    seen = bisect_right(places[row], done) if row in places else 0
+                    result[t] += self._step(seen + 1) * self.projection[row]
         return normalise(result)
 
     def start(self) -> RunningText:
         """The empty text."""
-        return RunningText(np.zeros(self.dimensions), "")
+        return RunningText(np.zeros(self.dimensions), "", History(), 0)
 
     def advance(self, running: RunningText, text: str) -> RunningText:
-        """`running` with `text` after it; costs what `text` costs, however long the text is by now."""
+        """`running` with `text` after it; costs what `text` costs, however long the text is by now.
+
+        The exception is a second text that goes on from the same `running`: it copies the history.
+        """
         joined = running.tail + text
-        total, tail = running.total, ""
+        total, tail, history = running.total, "", running.history
+        if self.sublinear:
+            history = history.until(running.length)
         for start, end in words(joined):
             if end == len(joined):
                 tail = joined[start:]
                 continue
             row = self._row_of_span(joined, start, end)
             if row is not None:
-                total = total + self.projection[row]
-        return RunningText(total, tail)
+                total = total + (self._step(history.add(row)) if self.sublinear else 1.0) * self.projection[row]
+        return RunningText(total, tail, history, len(history.rows))
 
     def embed_running(self, running: Sequence[RunningText]) -> Float64:
         """[N, d]: equal to `embed` of the texts so far, up to rounding."""
         sums = np.zeros((len(running), self.dimensions))
         for i, state in enumerate(running):
             row = self._row_of_span(state.tail, 0, len(state.tail))
-            sums[i] = state.total if row is None else state.total + self.projection[row]
+            sums[i] = state.total
+            if row is not None:
+                seen = state.history.until(state.length).counts[row] if self.sublinear else 0
+                sums[i] += self._step(seen + 1) * self.projection[row]
         return normalise(sums)
 
-    def _row_of(self, word: str) -> int | None:
-        term = term_of(word)
-        return None if term is None else self._row.get(term)
+    def _step(self, count: int) -> float:
+        """What a term's weight grows by with its occurrence number `count`."""
+        return float(np.log(count / (count - 1))) if self.sublinear and count > 1 else 1.0
 
     def _row_of_span(self, text: str, start: int, end: int) -> int | None:
-        return self._row_of(text[start:end]) if end - start >= 2 else None
+        row = self._rows[text[start:end]] if end - start >= 2 else -1
+        return None if row < 0 else row
 
 
 def normalise(rows: Float64) -> Float64:

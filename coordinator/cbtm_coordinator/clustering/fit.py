@@ -1,5 +1,7 @@
 """Fits the clustering model on a sample: tf-idf, truncated SVD to 100 dimensions, normalised, balanced k-means.
 
+Term counts are taken by their logarithm, where c-BTM takes them as they are: clusters then agree far better with the
+domains that documents come from (docs/results/clustering.md).
 The terms are those of `cbtm_common.routing`, so what is fitted here is exactly what routes later; and nothing of it is
 changed after the corpus has been sharded by it, the prior included.
 """
@@ -42,7 +44,7 @@ def fit(
     cluster_ids: Sequence[str],
     *,
     seed: int,
-    temperature: float,
+    temperature: float = 0.1,
     processes: int = 1,
     report: Callable[[str, float], None] = lambda *_: None,
 ) -> FitResult:
@@ -56,7 +58,8 @@ def fit(
     if clusters == 1:
         return _trivial(cluster_ids[0], temperature)
     least = 2 if len(texts) >= _MANY_TEXTS else 1
-    counted = tfidf(texts, min_documents=least, processes=processes, on_texts=_share_of(len(texts), report))
+    on_texts = _share_of(len(texts), report)
+    counted = tfidf(texts, min_documents=least, sublinear=True, processes=processes, on_texts=on_texts)
     dimensions = min(DIMENSIONS, len(counted.terms) - 1, len(texts) - 1)
     if dimensions < 1:
         raise InvalidArgument("corpus: too few different words to cluster by", field="corpus")
@@ -66,7 +69,8 @@ def fit(
         seed=seed,
         on_share=lambda share: report(f"reducing to {dimensions} dimensions", share),
     )
-    embedding = TermEmbedding(counted.terms, (counted.idf[:, None] * components.T).astype(np.float32))
+    projection = (counted.idf[:, None] * components.T).astype(np.float32)
+    embedding = TermEmbedding(counted.terms, projection, sublinear=True)
     # The rows that `embedding.embed` would give, by one sparse product.
     embedded = counted.matrix @ np.ascontiguousarray(components.T)
     lengths = np.linalg.norm(embedded, axis=1)

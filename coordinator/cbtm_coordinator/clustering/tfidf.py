@@ -5,7 +5,6 @@ vocabulary. The result does not depend on the number of processes.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cbtm_common.routing.terms import WORD, term_of
+from cbtm_common.routing.terms import term_of, word_counts
 from cbtm_coordinator.clustering.pool import in_order
 
 MAX_TERMS = 65_536
@@ -41,12 +40,14 @@ def tfidf(
     *,
     min_documents: int,
     max_terms: int = MAX_TERMS,
+    sublinear: bool = False,
     processes: int = 1,
     on_texts: Callable[[int], None] = lambda _: None,
 ) -> TfIdf:
     """Terms that occur in `min_documents` texts or more, at most `max_terms` of them, the most frequent.
 
-    idf(w) = ln((1 + N) / (1 + df(w))) + 1. V may be 0, when no text has a usable word. `on_texts` hears of texts done.
+    idf(w) = ln((1 + N) / (1 + df(w))) + 1; tf is the count c, or `sublinear`, 1 + ln c. V may be 0, when no text has a
+    usable word. `on_texts` hears of texts done.
     """
     from scipy import sparse
 
@@ -76,6 +77,8 @@ def tfidf(
     matrix = sparse.vstack(parts, format="csr") if parts else sparse.csr_matrix((0, len(chosen)), dtype=np.float32)
     rows = matrix.shape[0]
     idf = np.log((1 + rows) / (1 + counted.documents[old].astype(np.float64))) + 1
+    if sublinear:
+        matrix.data = 1 + np.log(matrix.data)
     matrix.data *= idf.astype(np.float32)[matrix.indices]
     lengths = np.sqrt(np.asarray(matrix.multiply(matrix).sum(axis=1)).ravel())
     matrix.data /= np.repeat(np.maximum(lengths, 1e-12), np.diff(matrix.indptr)).astype(np.float32)
@@ -146,7 +149,7 @@ def _pieces(texts: Iterable[str]) -> Iterator[list[str]]:
 
 
 class _Numbers(dict[str, int]):
-    """From a word as it is written to the number of its term, -1 for none; a word is looked at when first met."""
+    """From a word to the number of its term, -1 for none; a word is looked at when first met."""
 
     def __init__(self) -> None:
         self.terms: dict[str, int] = {}
@@ -166,7 +169,7 @@ def _count_piece(texts: Sequence[str]) -> tuple[list[str], _Piece]:
     counts: list[int] = []
     starts = [0]
     for text in texts:
-        words = Counter(WORD.findall(text))
+        words = word_counts(text)
         numbers += map(number_of.__getitem__, words)
         counts += words.values()
         starts.append(len(numbers))
@@ -175,6 +178,5 @@ def _count_piece(texts: Sequence[str]) -> tuple[list[str], _Piece]:
     places = np.concatenate([[0], np.cumsum(kept)])[starts].astype(np.int32)
     shape = (len(texts), len(number_of.terms))
     rows = sparse.csr_matrix((np.array(counts, dtype=np.float32)[kept], found[kept], places), shape=shape)
-    # Words that differ in case alone are one term.
-    rows.sum_duplicates()
+    rows.sort_indices()
     return list(number_of.terms), _Piece(numbers=rows.indices, counts=rows.data, starts=rows.indptr.astype(np.int64))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from itertools import pairwise
 
 import numpy as np
@@ -10,17 +11,20 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from cbtm_common.routing import CentroidRouter, Distance, TermEmbedding, terms
+from cbtm_common.routing.terms import term_of, word_counts
 
 # Words that are terms, and forms of them: a prefix may cut one word into another that is known as well.
 _TERMS = ["ship", "ships", "shipwreck", "sea", "élan", "straße", "naïve", "x2", "日本語", "_name", "don", "fn"]
 
 
-def make_router(clusters: int = 4, dimensions: int = 5, seed: int = 0) -> CentroidRouter:
+def make_router(clusters: int = 4, dimensions: int = 5, seed: int = 0, *, sublinear: bool = False) -> CentroidRouter:
     random = np.random.default_rng(seed)
     prior = random.random(clusters).astype(np.float32)
     return CentroidRouter(
         cluster_ids=[f"run-c{i:04d}" for i in range(clusters)],
-        embedding=TermEmbedding(_TERMS, random.normal(size=(len(_TERMS), dimensions)).astype(np.float32)),
+        embedding=TermEmbedding(
+            _TERMS, random.normal(size=(len(_TERMS), dimensions)).astype(np.float32), sublinear=sublinear
+        ),
         centroids=random.normal(size=(clusters, dimensions)).astype(np.float32),
         prior=prior / prior.sum(),
         temperature=0.7,
@@ -28,6 +32,8 @@ def make_router(clusters: int = 4, dimensions: int = 5, seed: int = 0) -> Centro
 
 
 ROUTER = make_router()
+ROUTERS = [ROUTER, make_router(sublinear=True)]
+both = pytest.mark.parametrize("router", ROUTERS, ids=["linear", "sublinear"])
 
 _pieces = st.one_of(
     st.sampled_from([*_TERMS, *(t.upper() for t in _TERMS)]),
@@ -39,33 +45,39 @@ _pieces = st.one_of(
 texts = st.lists(_pieces, max_size=14).map("".join)
 
 
+@both
 @given(text=texts)
 @example(text="")
 @example(text="The ships of the sea; a shipwreck, x2 2x élan")
+@example(text="ship Ship ships SHIP sea ships shi ship")
 @example(text="shipwreck" * 3)
 @settings(max_examples=60, deadline=None)
-def test_every_prefix_weighs_as_it_does_alone(text: str) -> None:
+def test_every_prefix_weighs_as_it_does_alone(router: CentroidRouter, text: str) -> None:
     ends = list(range(len(text) + 1))
-    together = ROUTER.prefix_weights(text, ends)
-    alone = ROUTER.weights([text[:end] for end in ends])
+    together = router.prefix_weights(text, ends)
+    alone = router.weights([text[:end] for end in ends])
     np.testing.assert_allclose(together, alone, atol=1e-6)
 
 
+@both
 @given(text=texts, cuts=st.lists(st.integers(0, 60), max_size=6))
 @settings(max_examples=30, deadline=None)
-def test_a_text_that_grows_in_pieces_weighs_as_the_whole(text: str, cuts: list[int]) -> None:
+def test_a_text_that_grows_in_pieces_weighs_as_the_whole(router: CentroidRouter, text: str, cuts: list[int]) -> None:
     places = sorted({0, len(text), *(min(cut, len(text)) for cut in cuts)})
-    running = ROUTER.begin()
+    running = router.begin()
     for start, end in pairwise(places):
         running = running.extend(text[start:end])
-    np.testing.assert_allclose(ROUTER.running_weights([running]), ROUTER.weights([text]), atol=1e-6)
+    np.testing.assert_allclose(router.running_weights([running]), router.weights([text]), atol=1e-6)
 
 
-def test_a_text_that_branches_leaves_the_other_branch_as_it_was() -> None:
-    stem = ROUTER.begin().extend("the ship")
-    wreck, plain = stem.extend("wreck at sea"), stem.extend(" at sea")
-    together = ROUTER.running_weights([stem, wreck, plain])
-    alone = ROUTER.weights(["the ship", "the shipwreck at sea", "the ship at sea"])
+@both
+def test_a_text_that_branches_leaves_the_other_branch_as_it_was(router: CentroidRouter) -> None:
+    stem = router.begin().extend("ship sea ship")
+    wreck, plain = stem.extend("wreck at sea, ship"), stem.extend(" at sea ships")
+    last = wreck.extend(" sea ship")
+    together = router.running_weights([stem, wreck, plain, last])
+    whole = ["ship sea ship", "ship sea shipwreck at sea, ship", "ship sea ship at sea ships"]
+    alone = router.weights([*whole, f"{whole[1]} sea ship"])
     np.testing.assert_allclose(together, alone, atol=1e-6)
 
 
@@ -104,3 +116,18 @@ def test_prefixes_out_of_order_are_refused() -> None:
 )
 def test_terms_of_a_text(text: str, expected: list[str]) -> None:
     assert terms(text) == expected
+
+
+def test_a_term_that_is_repeated_weighs_one_and_the_logarithm_of_its_count() -> None:
+    embedding = TermEmbedding(["ship", "sea"], np.eye(2, dtype=np.float32), sublinear=True)
+    expected = np.array([1 + np.log(3), 1.0])
+    np.testing.assert_allclose(embedding.embed(["Ship sea, the SHIP ship"])[0], expected / np.linalg.norm(expected))
+
+
+@given(text=texts)
+@example(text="a_b A1 1a \x1c\x0bx yy\ttab")
+def test_words_are_counted_alike_whether_ascii_or_not(text: str) -> None:
+    kept = {word: count for word, count in word_counts(text).items() if term_of(word)}
+    assert kept == Counter(terms(text))
+    # A sign that is no word, and no ASCII.
+    assert {word: count for word, count in word_counts(text + " ☃").items() if term_of(word)} == kept

@@ -93,13 +93,17 @@ def test_restricting_to_an_unknown_cluster_is_refused(ids: list[str]) -> None:
         make_router().restrict(ids)
 
 
-def test_a_saved_router_weighs_as_before(tmp_path: Path) -> None:
+@pytest.mark.parametrize("sublinear", [False, True])
+def test_a_saved_router_weighs_as_before(tmp_path: Path, sublinear: bool) -> None:
     router = make_router()
+    router.embedding = TermEmbedding(router.embedding.terms, router.embedding.projection, sublinear=sublinear)
     router.save(tmp_path / "clustering")
     again = load_router(tmp_path / "clustering")
     assert again.cluster_ids == router.cluster_ids
     assert again.temperature == router.temperature
-    np.testing.assert_array_equal(again.weights(["east", "north"]), router.weights(["east", "north"]))
+    np.testing.assert_array_equal(
+        again.weights(["east", "east east north"]), router.weights(["east", "east east north"])
+    )
 
 
 def _edit(directory: Path, **changes: Any) -> None:
@@ -127,6 +131,7 @@ def _edit(directory: Path, **changes: Any) -> None:
         {"temperature": -1.0},
         {"temperature": float("nan")},
         {"temperature": None},
+        {"sublinear": 1},
     ],
     ids=str,
 )
