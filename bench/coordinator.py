@@ -70,7 +70,9 @@ class Target:
 
 def fill(store: Store, *, open_tasks: int, name: str) -> str:
     """A run with `open_tasks` PENDING tasks; its id."""
-    recipe = Recipe.model_validate({"steps": 1000, "lease": {"lease_seconds": 3600, "renew_seconds": RENEW_SECONDS}})
+    recipe = Recipe.model_validate(
+        {"steps": 1_000_000, "lease": {"lease_seconds": 3600, "renew_seconds": RENEW_SECONDS}}
+    )
     with store.writing() as tx:
         now = store.now()
         run = runs.create(tx, now, name=name, cluster_count=open_tasks, recipe=recipe, from_scratch=False)

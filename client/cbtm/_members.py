@@ -42,7 +42,9 @@ def first_routing(
     parts: EnsembleParts, *, top_k: TopK, temperature: float | None, saved: RoutingOptions | None = None
 ) -> RoutingOptions:
     """What is asked for; else as it was saved; else the run's."""
-    default = saved or RoutingOptions(top_k=top_k_of(None, parts), temperature=parts.recipe.routing.temperature)
+    default = saved or RoutingOptions(
+        top_k=top_k_of(None, parts), temperature=parts.recipe.routing.temperature or parts.router.temperature
+    )
     return replace(
         default,
         top_k=default.top_k if top_k is None else top_k_of(top_k, parts),

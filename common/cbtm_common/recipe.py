@@ -87,10 +87,22 @@ class LeaseRecipe(_Strict):
         return self
 
 
-class RoutingRecipe(_Strict):
-    """Defaults for who uses the ensemble; the temperature of Eq. 2 and the experts in use."""
+class RouterKind(StrEnum):
+    # c-BTM's: by the distance of the context's embedding to each centroid.
+    CENTROID = "centroid"
+    # A classifier trained on prefixes when the run is made; it says more of short contexts.
+    LEARNED = "learned"
 
-    temperature: float = Field(default=0.1, gt=0)
+
+class RoutingRecipe(_Strict):
+    """Defaults for who uses the ensemble: which router, its temperature and the experts in use.
+
+    Documents are sharded by the centroids whatever the router. `temperature` None is the router's own: 0.1 in Eq. 2, or
+    what calibrates a learned one.
+    """
+
+    router: RouterKind = RouterKind.CENTROID
+    temperature: float | None = Field(default=None, gt=0)
     top_k: int = Field(default=2, ge=1)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,16 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -28,11 +37,12 @@ from cbtm_common.cli import human_bytes
 from cbtm_common.errors import AlreadyExists, CbtmError, InvalidArgument, NotFound, ResourceExhausted
 from cbtm_common.files import FileSpec, describe, hash_file, is_disk_full
 from cbtm_common.ids import cluster_id, new_request_id
-from cbtm_common.recipe import Recipe
+from cbtm_common.recipe import Recipe, RouterKind
 from cbtm_common.rpc import Connection
 from cbtm_coordinator.clustering import seed_model, tokenizer
 from cbtm_coordinator.clustering.corpus import Corpus, CorpusFile, Document, ReadReport, open_corpus
 from cbtm_coordinator.clustering.fit import FitResult, fit
+from cbtm_coordinator.clustering.learn import LearnResult, learn_router
 from cbtm_coordinator.clustering.pool import cores
 from cbtm_coordinator.clustering.progress import ClusterStats, ShardFile
 from cbtm_coordinator.clustering.report import write_report
@@ -225,15 +235,17 @@ class _Maker:
     def build(self, run: pb.Run) -> None:
         base, tokens = self._models()
         fitted = self._fit(run.id)
+        learned = self._learn(fitted)
         self._sample = []
         shards, stats = self._shard(fitted, tokens)
         self._check_shards(shards, stats)
-        fitted.router.save(self._work / "clustering")
+        (learned.router if learned else fitted.router).save(self._work / "clustering")
         write_report(
             self._work / "report" / "report.json",
             corpus=self._corpus,
             read=self._read,
             fitted=fitted,
+            learned=learned,
             shards=shards,
             stats=stats,
         )
@@ -271,27 +283,39 @@ class _Maker:
         return self._base, self._tokens
 
     def _fit(self, run_id: str) -> FitResult:
-        bar = self._bars.add_task("clustering", total=None, unit="share")
+        bar, report = self._steps("clustering")
+        fitted = fit(
+            self._sample,
+            [cluster_id(run_id, index) for index in range(self._options.clusters)],
+            seed=self._recipe.seed,
+            processes=self._processes,
+            report=report,
+        )
+        self._bars.update(bar, description="clustering", total=1, completed=1)
+        return fitted
+
+    def _learn(self, fitted: FitResult) -> LearnResult | None:
+        if self._recipe.routing.router is not RouterKind.LEARNED or self._options.clusters == 1:
+            return None
+        bar, report = self._steps("router")
+        learned = learn_router(fitted.router, self._sample, seed=self._recipe.seed, report=report)
+        self._bars.update(bar, description="router", total=1, completed=1)
+        return learned
+
+    def _steps(self, name: str) -> tuple[TaskID, Callable[[str, float], None]]:
+        """A bar for work that comes in steps, and what tells it of them: which, and the share of it that is done."""
+        bar = self._bars.add_task(name, total=None, unit="share")
         doing = ""
 
         def report(what: str, share: float) -> None:
             nonlocal doing
             if what != doing:
                 # What is left of one step says nothing of the next.
-                self._bars.reset(bar, description=f"clustering: {what}", total=1)
+                self._bars.reset(bar, description=f"{name}: {what}", total=1)
                 doing = what
             self._bars.update(bar, completed=share)
 
-        fitted = fit(
-            self._sample,
-            [cluster_id(run_id, index) for index in range(self._options.clusters)],
-            seed=self._recipe.seed,
-            temperature=self._recipe.routing.temperature,
-            processes=self._processes,
-            report=report,
-        )
-        self._bars.update(bar, description="clustering", total=1, completed=1)
-        return fitted
+        return bar, report
 
     def _shard(self, fitted: FitResult, tokens: Any) -> tuple[list[ShardFile], list[ClusterStats]]:
         bar = self._bars.add_task("assigning and tokenizing", total=self._read.documents)

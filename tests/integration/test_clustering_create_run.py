@@ -18,7 +18,7 @@ from cbtm_api.v1 import admin_service_pb2 as ad
 from cbtm_api.v1 import catalog_service_pb2 as cs
 from cbtm_api.v1 import resources_pb2 as pb
 from cbtm_common.ids import new_request_id
-from cbtm_common.routing import load_router
+from cbtm_common.routing import LearnedRouter, load_router
 from cbtm_common.shards import read_shard
 from tests.support.run_fixture import MODEL, RECIPE, Site, template, write_corpus
 from tests.support.zygote import Child
@@ -82,6 +82,31 @@ def test_the_same_corpus_made_again_is_stored_in_the_same_bytes(here: Site) -> N
         files = here.connection.catalog.GetRunFiles(cs.GetRunFilesRequest(run=name))
         shas.append(sorted(s.file.sha256 for s in shards) + sorted(f.sha256 for f in files.base_model_files))
     assert shas[0] == shas[1]
+
+
+def test_a_run_with_a_learned_router_is_routed_by_it_and_sharded_by_its_centroids(here: Site, tmp_path: Path) -> None:
+    recipe = tmp_path / "learned.toml"
+    recipe.write_text((here.folder / "recipe.toml").read_text() + '\n[routing]\nrouter = "learned"\n')
+    made = create(here, "learned", "--id-field", "id", recipe=recipe)
+    assert made.wait(120) == 0, made.output
+    files = here.connection.catalog.GetRunFiles(cs.GetRunFilesRequest(run="learned")).clustering_files
+    folder = tmp_path / "router"
+    for file in files:
+        (folder / file.path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(here.data / "objects" / "objects" / file.key, folder / file.path)
+    router = load_router(folder)
+    assert isinstance(router, LearnedRouter)
+    text = "It was the best of times"
+    (routing,) = here.connection.catalog.Route(cs.RouteRequest(run="learned", texts=[text])).routings
+    weights = {weight.cluster_id: weight.weight for weight in routing.weights}
+    assert weights == pytest.approx(dict(zip(router.cluster_ids, router.weights([text])[0], strict=True)), abs=1e-6)
+    plain = create(here, "by-centroid", "--id-field", "id")
+    assert plain.wait(120) == 0, plain.output
+    sizes = [
+        [c.documents for c in here.connection.catalog.ListClusters(cs.ListClustersRequest(run=run)).clusters]
+        for run in ("learned", "by-centroid")
+    ]
+    assert sizes[0] == sizes[1]
 
 
 def test_one_cluster_is_a_run_too_and_a_baseline_stands_beside_it(here: Site) -> None:
@@ -231,7 +256,9 @@ def test_a_corpus_that_changes_between_its_passes_is_refused(here: Site, tmp_pat
     with corpus.open("a") as file:
         file.write('{"text": "one more"}\n')
     assert made.wait(120) == 2, made.output
-    assert re.search(r"corpus: 1 file\(s\) .*/large\.jsonl changed from [\d,]+ to [\d,]+ bytes", made.output), made.output
+    assert re.search(r"corpus: 1 file\(s\) .*/large\.jsonl changed from [\d,]+ to [\d,]+ bytes", made.output), (
+        made.output
+    )
     assert "changing" not in runs(here)
 
 

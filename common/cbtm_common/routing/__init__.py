@@ -2,6 +2,7 @@
 
 from cbtm_common.routing.centroid import CentroidRouter
 from cbtm_common.routing.embedding import TermEmbedding, normalise
+from cbtm_common.routing.learned import LearnedRouter
 from cbtm_common.routing.mixture import Distance, keep_top, mixture_weights
 from cbtm_common.routing.router import Router, RunningState, load_router, register_router
 from cbtm_common.routing.terms import terms
@@ -9,6 +10,7 @@ from cbtm_common.routing.terms import terms
 __all__ = [
     "CentroidRouter",
     "Distance",
+    "LearnedRouter",
     "Router",
     "RunningState",
     "TermEmbedding",

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from cbtm_coordinator.clustering.corpus import Corpus, ReadReport
 from cbtm_coordinator.clustering.fit import FitResult
+from cbtm_coordinator.clustering.learn import LearnResult
 from cbtm_coordinator.clustering.progress import ClusterStats, ShardFile
 from cbtm_coordinator.clustering.sharding import HELD_OUT
 
@@ -20,6 +21,7 @@ def write_report(
     corpus: Corpus,
     read: ReadReport,
     fitted: FitResult,
+    learned: LearnResult | None,
     shards: Sequence[ShardFile],
     stats: Sequence[ClusterStats],
 ) -> None:
@@ -40,6 +42,7 @@ def write_report(
         "bad_line_samples": [{"where": bad.where, "why": bad.why} for bad in read.samples],
         "explained_variance": fitted.explained_variance,
         "inertia": fitted.inertia,
+        "learned_router": learned and learned.report(),
         # Of documents; None when a cluster is empty.
         "largest_to_smallest": max(sizes) / min(sizes) if min(sizes) else None,
         "clusters": [

@@ -144,7 +144,7 @@ class CatalogServicer(CatalogServiceServicer):
             whole = cs.ClusterWeight(cluster_id=cluster_id(run.id, 0), cluster_index=0, weight=1.0)
             return cs.RouteResponse(routings=[cs.Routing(weights=[whole]) for _ in request.texts])
         router = self._router(run, [e.file for e in entries])
-        default = Recipe.from_json(run.recipe_json).routing.temperature
+        default = Recipe.from_json(run.recipe_json).routing.temperature or router.temperature
         weights = router.weights(
             list(request.texts), top_k=request.top_k or None, temperature=request.temperature or default
         )
@@ -163,7 +163,9 @@ class CatalogServicer(CatalogServiceServicer):
             if run.data_run_id not in self._routers:
                 with tempfile.TemporaryDirectory() as scratch:
                     for file in files:
-                        with safe_join(Path(scratch), file.path).open("wb") as out:
+                        path = safe_join(Path(scratch), file.path)
+                        path.parent.mkdir(parents=True, exist_ok=True)
+                        with path.open("wb") as out:
                             out.writelines(self._context.objects.read(file.key))
                     self._routers[run.data_run_id] = load_router(Path(scratch))
             return self._routers[run.data_run_id]
