@@ -330,9 +330,9 @@ def _tabulate(
 
 
 def _assigned(model: Ensemble, text: str) -> HeldOutDocument:
-    weights = model.parts.router.weights([text], top_k=1)
+    router = model.parts.router
     return HeldOutDocument(
-        token_ids=tuple(model.encode(text)), cluster_id=model.parts.router.cluster_ids[int(weights.argmax())]
+        token_ids=tuple(model.encode(text)), cluster_id=router.cluster_ids[int(router.assign([text])[0])]
     )
 
 

@@ -137,7 +137,7 @@ def merge(
 
 
 def _by_cluster(model: Ensemble, texts: Sequence[str]) -> list[list[str]]:
-    nearest = model.context_router.router.weights(texts, top_k=1).argmax(axis=1).tolist()
+    nearest = model.context_router.router.assign(texts).tolist()
     found: list[list[str]] = [[] for _ in model.clusters]
     for text, cluster in zip(texts, nearest, strict=True):
         found[cluster].append(text)
