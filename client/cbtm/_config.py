@@ -17,6 +17,8 @@ class CbtmConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]  # its __in
     - `routing_distance`: "squared" (the paper) or "quartic" (the authors' code).
     - `routing_policy`: "prefix" (routed anew at each token), "prompt" (once) or "fixed", which needs
       `routing_weights`, one number for each expert.
+    - `routing_interval`, `routing_settle_after`: with "prefix", route anew every so many tokens, and no more after so
+      many; None never settles.
 
     They may be given to `from_pretrained`, like every field of a config.
     """
@@ -35,6 +37,8 @@ class CbtmConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]  # its __in
     routing_distance: str = "squared"
     routing_policy: str = "prefix"
     routing_weights: list[float] | None = None
+    routing_interval: int = 1
+    routing_settle_after: int | None = None
 
     def to_diff_dict(self) -> dict[str, Any]:
         """Also where a field has its default: a folder says how it is mixed."""

@@ -192,11 +192,14 @@ class Ensemble:
         policy: Policy | Literal["prefix", "prompt", "fixed"] | None = None,
         weights: Mapping[str, float] | Sequence[float] | None = None,
         distance: Distance | Literal["squared", "quartic"] | None = None,
+        interval: int | None = None,
+        settle_after: int | Literal["never"] | None = None,
     ) -> Ensemble:
         """A view of the same experts (shared, not loaded again) with other routing; what is not given stays.
 
         `policy`: "prefix" routes anew at every token, "prompt" once on the prompt, "fixed" uses `weights` (by cluster
-        id, or one for each expert). `distance` "quartic" is the authors' code, "squared" the paper.
+        id, or one for each expert). `distance` "quartic" is the authors' code, "squared" the paper. With "prefix",
+        weights may follow the context every `interval` tokens only, and stay as they are after `settle_after`.
         """
         members = self._members
         router = members.router.with_options(
@@ -206,6 +209,8 @@ class Ensemble:
                 "policy": policy,
                 "weights": weights,
                 "distance": distance,
+                "interval": interval,
+                "settle_after": settle_after,
             }
         )
         asked = self._asked_top_k if top_k is None else top_k

@@ -86,6 +86,8 @@ def load_routing(path: Path) -> RoutingOptions | None:
             distance=Distance(config["routing_distance"]),
             policy=Policy(config["routing_policy"]),
             weights=None if weights is None else tuple(weights),
+            interval=int(config.get("routing_interval", 1)),
+            settle_after=config.get("routing_settle_after"),
         )
     except (FileNotFoundError, KeyError):
         return None
@@ -159,6 +161,8 @@ def ensemble_config(parts: EnsembleParts, routing: RoutingOptions) -> dict[str, 
         "num_experts_per_tok": routing.top_k or len(parts.present),
         "routing_temperature": routing.temperature,
         "routing_distance": str(routing.distance),
+        "routing_interval": routing.interval,
+        "routing_settle_after": routing.settle_after,
         "routing_policy": str(routing.policy),
         "routing_weights": None if routing.weights is None else list(routing.weights),
     }

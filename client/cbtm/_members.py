@@ -79,6 +79,8 @@ def renewed(old: Members, parts: EnsembleParts, *, asked: TopK) -> tuple[Members
         top_k=top_k if top_k is None else min(top_k, max(1, len(parts.present))),
         temperature=options.temperature,
         distance=options.distance,
+        interval=options.interval,
+        settle_after=options.settle_after,
         policy=options.policy,
         weights=weights,
     )

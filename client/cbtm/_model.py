@@ -115,6 +115,8 @@ class CbtmForCausalLM(PreTrainedModel, GenerationMixin):
             policy=config.routing_policy,  # type: ignore[arg-type]  # checked there
             weights=config.routing_weights,
             distance=config.routing_distance,  # type: ignore[arg-type]
+            interval=config.routing_interval,
+            settle_after=config.routing_settle_after or "never",
         )
         for name, value in ensemble_config(ensemble.parts, ensemble.routing).items():
             setattr(config, name, value)

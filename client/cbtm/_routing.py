@@ -6,12 +6,15 @@ term has the clusters' prior. Policies:
 - `prefix` (c-BTM's Eq. 2): weights are those of the context so far, at every token;
 - `prompt`: those of the prompt, kept while the answer grows;
 - `fixed`: given by the caller.
+
+Under `prefix` weights may change less often, as serving likes it: every `interval` tokens once there are so many, and
+no more after `settle_after` tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
@@ -40,6 +43,7 @@ class RoutingOptions:
 
     `top_k` None mixes all experts; `temperature` is Eq. 2's T; `distance` is the paper's ‖·‖² or the authors' code's
     ‖·‖⁴, for which T means something else. `weights` (one for each expert, any scale) goes with policy `fixed` alone.
+    `interval` and `settle_after` count tokens of the context, from its beginning.
     """
 
     top_k: int | None = None
@@ -47,6 +51,8 @@ class RoutingOptions:
     distance: Distance = Distance.SQUARED
     policy: Policy = Policy.PREFIX
     weights: tuple[float, ...] | None = None
+    interval: int = 1
+    settle_after: int | None = None
 
     def check(self, experts: int) -> Self:
         """Itself, if it fits an ensemble of so many experts. Raises InvalidArgument, naming the field."""
@@ -56,6 +62,9 @@ class RoutingOptions:
             )
         if not 0 < self.temperature < float("inf"):
             raise InvalidArgument(f"temperature: {self.temperature} is not a number above 0", field="temperature")
+        for name, value in (("interval", self.interval), ("settle_after", self.settle_after)):
+            if value is not None and value < 1:
+                raise InvalidArgument(f"{name}: {value} is not at least 1", field=name)
         if (self.policy is Policy.FIXED) != (self.weights is not None):
             raise InvalidArgument("weights: they go with policy 'fixed', and it needs them", field="weights")
         if self.weights is not None:
@@ -66,11 +75,18 @@ class RoutingOptions:
                 )
         return self
 
+    def routed(self, length: int) -> int:
+        """How many tokens of a context of `length` its weights are of, under policy `prefix`."""
+        if self.settle_after is not None:
+            length = min(length, self.settle_after)
+        return length if length < self.interval else length - length % self.interval
+
 
 class RoutingChange(TypedDict, total=False):
     """Routing of one call, or of a view; what is left out or None stays as it is.
 
-    `top_k` "all" mixes every expert; `weights` are by cluster id, or one for each expert, and mean policy "fixed".
+    `top_k` "all" mixes every expert; `settle_after` "never" follows the context to its end; `weights` are by cluster
+    id, or one for each expert, and mean policy "fixed".
     """
 
     top_k: int | Literal["all"] | None
@@ -78,6 +94,8 @@ class RoutingChange(TypedDict, total=False):
     policy: Policy | Literal["prefix", "prompt", "fixed"] | None
     weights: Mapping[str, float] | Sequence[float] | None
     distance: Distance | Literal["squared", "quartic"] | None
+    interval: int | None
+    settle_after: int | Literal["never"] | None
 
 
 @dataclass(frozen=True)
@@ -86,6 +104,9 @@ class ContextState:
 
     text: TextState
     running: RunningState
+    # The context that weights are of, and how many tokens there are by now.
+    routed: RunningState
+    length: int
     # Weights that no longer change, [K]: of policies `prompt` and `fixed`.
     settled: Float64 | None = None
 
@@ -111,6 +132,7 @@ class ContextRouter:
             policy = _enum(Policy, policy, "policy")
         else:
             policy = Policy.FIXED if weights is not None else old.policy
+        interval, settle_after = change.get("interval"), change.get("settle_after")
         given = None if weights is None else fixed_weights(weights, ids)
         options = RoutingOptions(
             top_k=old.top_k if top_k is None else None if top_k == "all" else top_k,
@@ -118,6 +140,12 @@ class ContextRouter:
             distance=old.distance if distance is None else _enum(Distance, distance, "distance"),
             policy=policy,
             weights=given if given is not None or policy is not Policy.FIXED else old.weights,
+            interval=old.interval if interval is None else interval,
+            settle_after=old.settle_after
+            if settle_after is None
+            else None
+            if settle_after == "never"
+            else settle_after,
         )
         return ContextRouter(self.router, self.detokenizer, options.check(len(ids)))
 
@@ -140,26 +168,32 @@ class ContextRouter:
         if options.policy is Policy.FIXED:
             return np.repeat(self._fixed()[None], count, axis=0)
         text, ends = decode_prefixes(self.detokenizer, ids[: first if options.policy is Policy.PROMPT else len(ids)])
-        wanted = [ends[first]] if options.policy is Policy.PROMPT else ends[first : len(ids)]
+        lengths = [first] if options.policy is Policy.PROMPT else [options.routed(n) for n in range(first, len(ids))]
+        # Where weights stay for a while they are computed once.
+        distinct, place = np.unique(lengths, return_inverse=True)
+        wanted = [ends[length] for length in distinct.tolist()]
         weights = _unit(
             self.router.prefix_weights(
                 text, wanted, top_k=options.top_k, temperature=options.temperature, distance=options.distance
             )
         )
-        return np.repeat(weights, count, axis=0) if options.policy is Policy.PROMPT else weights
+        return np.repeat(weights, count, axis=0) if options.policy is Policy.PROMPT else weights[place]
 
     def start(self, ids: Sequence[int]) -> ContextState:
         """The state of a prompt."""
-        text, running = TextState(), self.router.begin()
+        text = TextState()
         pieces = []
         for token in ids:
             text, piece = self.detokenizer.push(text, token)
             pieces.append(piece)
-        state = ContextState(text, running.extend("".join(pieces)))
-        if self.options.policy is Policy.FIXED:
-            return ContextState(state.text, state.running, self._fixed())
-        if self.options.policy is Policy.PROMPT:
-            return ContextState(state.text, state.running, self.weights([state])[0])
+        policy = self.options.policy
+        at = self.options.routed(len(ids)) if policy is Policy.PREFIX else len(ids)
+        routed = self.router.begin().extend("".join(pieces[:at]))
+        state = ContextState(text, routed.extend("".join(pieces[at:])), routed, len(ids))
+        if policy is Policy.FIXED:
+            return replace(state, settled=self._fixed())
+        if policy is Policy.PROMPT:
+            return replace(state, settled=self.weights([state])[0])
         return state
 
     def push(self, state: ContextState, token: int) -> ContextState:
@@ -168,7 +202,8 @@ class ContextRouter:
             return state
         text, piece = self.detokenizer.push(state.text, token)
         running = state.running.extend(piece) if piece else state.running
-        return ContextState(text, running)
+        length = state.length + 1
+        return ContextState(text, running, running if self.options.routed(length) == length else state.routed, length)
 
     def weights(self, states: Sequence[ContextState]) -> Float64:
         """[N, K]: for the token that comes next in each context."""
@@ -178,7 +213,7 @@ class ContextRouter:
         options = self.options
         return _unit(
             self.router.running_weights(
-                [state.running for state in states],
+                [state.routed for state in states],
                 top_k=options.top_k,
                 temperature=options.temperature,
                 distance=options.distance,

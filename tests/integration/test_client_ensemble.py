@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from tests.support.ensembles import brute_force_log_probs, make_parts, random_texts
+from tests.support.ensembles import brute_force_log_probs, learned_router, make_parts, random_texts
 from tests.support.models import EOS_TOKEN_ID
 
 pytestmark = pytest.mark.integration
@@ -536,6 +537,7 @@ class TestMistakes:
         {"top_k": "all", "distance": "quartic"},
         {"policy": "prompt"},
         {"weights": [0.0, 1.0, 3.0, 0.0]},
+        {"interval": 2, "settle_after": 5},
     ],
     ids=lambda routing: "-".join(routing),
 )
@@ -555,3 +557,18 @@ def test_a_saved_ensemble_is_mixed_as_it_was(model: Any, tmp_path: Path, routing
     assert Ensemble.load(tmp_path / "again").score("stone window", prompts="river harbor") == wanted
     # What is asked for comes first.
     assert Ensemble.load(tmp_path / "ensemble", top_k=2, temperature=0.2).routing.temperature == 0.2
+
+
+def test_a_learned_router_weighs_by_token_and_is_saved_with_the_ensemble(parts: Any, tmp_path: Path) -> None:
+    from cbtm import Ensemble
+
+    model = build(replace(parts, router=learned_router(parts.router)))
+    ids = [EOS_TOKEN_ID, *model.encode("river harbor stone window")]
+    found = model.with_routing(top_k=2).log_probs([ids]).numpy()[0]
+    for t in range(len(ids)):
+        np.testing.assert_allclose(found[t], brute_force_log_probs(model, ids[: t + 1], top_k=2), atol=1e-5)
+    prompt = "stone window"
+    generated = model.with_routing(top_k=1).generate(prompt, max_new_tokens=5)
+    assert list(generated.token_ids) == greedy_by_brute_force(model, prompt, top_k=1, tokens=5)
+    model.save(tmp_path / "ensemble")
+    assert Ensemble.load(tmp_path / "ensemble").score("stone window") == model.score("stone window")

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from cbtm_common.recipe import Recipe, RoutingRecipe
-from cbtm_common.routing import CentroidRouter, TermEmbedding
+from cbtm_common.routing import CentroidRouter, LearnedRouter, TermEmbedding
 from tests.support.models import EOS_TOKEN_ID, Architecture, make_tiny_model, make_tiny_tokenizer
 
 WORDS = (
@@ -58,6 +58,18 @@ class PlainSource:
 
     def directory(self) -> Path:
         return self._directory
+
+
+def learned_router(clustering: CentroidRouter, *, seed: int = 0) -> LearnedRouter:
+    """A learned router beside `clustering`, of random numbers."""
+    random = np.random.default_rng((seed, 1))
+    return LearnedRouter(
+        clustering=clustering,
+        vocabulary=WORDS,
+        coefficients=random.normal(size=(len(WORDS), len(clustering.cluster_ids))).astype(np.float32),
+        bias=random.normal(size=len(clustering.cluster_ids)).astype(np.float32),
+        temperature=1.4,
+    )
 
 
 def make_parts(

@@ -55,6 +55,30 @@ def test_a_growing_context_has_the_weights_of_its_position(top_k: int | None) ->
             state = router.push(state, token)
 
 
+@pytest.mark.parametrize(("interval", "settle_after"), [(4, None), (1, 6), (5, 13), (3, 2)])
+def test_weights_that_change_less_often_are_those_of_an_earlier_prefix(interval: int, settle_after: int | None) -> None:
+    router, often = router_of(interval=interval, settle_after=settle_after), router_of()
+    for text in TEXTS:
+        ids = tokens(text)
+        every = often.positions([*ids, 0], 1)
+        found = router.positions([*ids, 0], 1)
+        state = router.start(ids[:1])
+        for length in range(1, len(ids) + 1):
+            seen = min(length, settle_after or length)
+            routed = seen if seen < interval else seen // interval * interval
+            np.testing.assert_allclose(found[length - 1], every[routed - 1], atol=1e-9)
+            np.testing.assert_allclose(router.weights([state])[0], every[routed - 1], atol=1e-9)
+            np.testing.assert_allclose(router.weights([router.start(ids[:length])])[0], every[routed - 1], atol=1e-9)
+            if length < len(ids):
+                state = router.push(state, ids[length])
+
+
+def test_settling_is_undone_by_name() -> None:
+    router = router_of(settle_after=2).with_options({"interval": 8})
+    assert (router.options.interval, router.options.settle_after) == (8, 2)
+    assert router.with_options({"settle_after": "never"}).options.settle_after is None
+
+
 def test_a_context_without_a_known_term_has_the_prior() -> None:
     router = router_of()
     for ids in ([0], tokens("xyzzy the of 42")):
@@ -84,6 +108,8 @@ def test_fixed_weights_are_scaled_cut_to_the_top_k_and_bound_by_id() -> None:
         ({"top_k": 0}, "top_k"),
         ({"top_k": 5}, "top_k"),
         ({"temperature": 0.0}, "temperature"),
+        ({"interval": 0}, "interval"),
+        ({"settle_after": 0}, "settle_after"),
         ({"policy": Policy.FIXED}, "weights"),
         ({"weights": (1.0, 0.0, 0.0, 0.0)}, "weights"),
         ({"policy": Policy.FIXED, "weights": (1.0, 2.0)}, "weights"),
