@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -27,7 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 from scipy import sparse
-from sklearn.feature_extraction.text import CountVectorizer, HashingVectorizer
+from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS, CountVectorizer, HashingVectorizer
 from sklearn.metrics import normalized_mutual_info_score as nmi
 
 from bench import authors_clustering as authors
@@ -36,7 +37,6 @@ from cbtm_common.routing import terms
 from cbtm_coordinator.clustering import kmeans
 from cbtm_coordinator.clustering.corpus import ReadReport, open_corpus
 from cbtm_coordinator.clustering.fit import fit
-from cbtm_coordinator.clustering.pool import cores
 from cbtm_coordinator.clustering.sample import MAX_CHARACTERS
 from cbtm_coordinator.clustering.svd import truncated_svd
 from cbtm_coordinator.clustering.tokenizer import train_tokenizer
@@ -55,7 +55,7 @@ class Way:
 
     terms: str = "words"
     sublinear: bool = True
-    idf_power: float = 1.0
+    idf_power: float = 2.0
     max_terms: int = 65_536
     dimensions: int = 100
     power: float = 0.0
@@ -67,11 +67,14 @@ class Way:
 BASE = Way()
 # Each changes BASE, which is what the product does, in one thing or two.
 WAYS: dict[str, Way] = {
-    "linear tf, as the authors'": replace(BASE, sublinear=False),
-    "linear tf, idf squared": replace(BASE, sublinear=False, idf_power=2.0),
-    "idf squared": replace(BASE, idf_power=2.0),
+    "the authors' weights: linear tf, idf, stop words": replace(BASE, terms="listed", sublinear=False, idf_power=1.0),
+    "linear tf": replace(BASE, sublinear=False),
+    "idf to 1": replace(BASE, idf_power=1.0),
+    "idf to 3": replace(BASE, idf_power=3.0),
+    "without English stop words": replace(BASE, terms="listed"),
+    "words of one character and signs, too": replace(BASE, terms="pieces"),
     "token ids": replace(BASE, terms="tokens"),
-    "token ids, linear tf": replace(BASE, terms="tokens", sublinear=False),
+    "token ids, idf to 1": replace(BASE, terms="tokens", idf_power=1.0),
     "character 3- to 5-grams, hashed": replace(BASE, terms="characters", max_terms=1 << 18),
     "words hashed to 65,536": replace(BASE, terms="hashed"),
     "16,384 words": replace(BASE, max_terms=16_384),
@@ -103,6 +106,14 @@ def read(corpus: Path, documents: int) -> Texts:
     return Texts([text for text, _ in found], np.array([domain for _, domain in found]))
 
 
+def _without_stop_words(text: str) -> list[str]:
+    return [term for term in terms(text) if term not in ENGLISH_STOP_WORDS]
+
+
+def _pieces(text: str) -> list[str]:
+    return [piece.lower() for piece in re.findall(r"\w+|[^\w\s]", text) if not piece[0].isdigit()]
+
+
 class Counts:
     """Term counts of all documents [N, V] by kind of term, each made once."""
 
@@ -113,6 +124,10 @@ class Counts:
     def _of(self, kind: str) -> Any:
         if kind == "words":
             return CountVectorizer(analyzer=terms, dtype=np.float32).fit_transform(self._texts)
+        if kind == "listed":
+            return CountVectorizer(analyzer=_without_stop_words, dtype=np.float32).fit_transform(self._texts)
+        if kind == "pieces":
+            return CountVectorizer(analyzer=_pieces, dtype=np.float32).fit_transform(self._texts)
         plain = {"alternate_sign": False, "norm": None, "dtype": np.float32}
         if kind == "hashed":
             return HashingVectorizer(analyzer=terms, n_features=1 << 16, **plain).transform(self._texts)
@@ -192,7 +207,7 @@ def by_product(texts: Sequence[str], sample: Any, seed: int) -> Labelled:
     for clusters in CLUSTERS:
         ids = [cluster_id("run", index) for index in range(clusters)]
         chosen = [texts[i] for i in sample]
-        router = fit(chosen, ids, seed=seed, temperature=0.1, processes=cores()).router
+        router = fit(chosen, ids, seed=seed, temperature=0.1).router
         yield clusters, router.assign(texts)
 
 

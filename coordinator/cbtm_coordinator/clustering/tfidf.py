@@ -41,13 +41,14 @@ def tfidf(
     min_documents: int,
     max_terms: int = MAX_TERMS,
     sublinear: bool = False,
+    idf_power: float = 1.0,
     processes: int = 1,
     on_texts: Callable[[int], None] = lambda _: None,
 ) -> TfIdf:
     """Terms that occur in `min_documents` texts or more, at most `max_terms` of them, the most frequent.
 
-    idf(w) = ln((1 + N) / (1 + df(w))) + 1; tf is the count c, or `sublinear`, 1 + ln c. V may be 0, when no text has a
-    usable word. `on_texts` hears of texts done.
+    idf(w) = (ln((1 + N) / (1 + df(w))) + 1)^idf_power; tf is the count c, or `sublinear`, 1 + ln c. V may be 0, when no
+    text has a usable word. `on_texts` hears of texts done.
     """
     from scipy import sparse
 
@@ -76,7 +77,7 @@ def tfidf(
         parts.append(sparse.csr_matrix((piece.counts[kept], columns[kept], starts.astype(np.int32)), shape=shape))
     matrix = sparse.vstack(parts, format="csr") if parts else sparse.csr_matrix((0, len(chosen)), dtype=np.float32)
     rows = matrix.shape[0]
-    idf = np.log((1 + rows) / (1 + counted.documents[old].astype(np.float64))) + 1
+    idf = (np.log((1 + rows) / (1 + counted.documents[old].astype(np.float64))) + 1) ** idf_power
     if sublinear:
         matrix.data = 1 + np.log(matrix.data)
     matrix.data *= idf.astype(np.float32)[matrix.indices]
