@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from cbtm_common.errors import InvalidArgument
 from cbtm_common.routing import CentroidRouter, TermEmbedding
@@ -51,8 +52,22 @@ def fit(
 ) -> FitResult:
     """A router for `cluster_ids` fitted on `texts`. Raises InvalidArgument for fewer texts than clusters.
 
-    `report` hears of what is being done and the share of it that is. The result does not depend on `processes`.
+    `report` hears of what is being done and the share of it that is. The result depends neither on `processes` nor on
+    how many cores there are: BLAS, whose sums would, computes on one, which costs little beside the rest.
     """
+    with threadpool_limits(1, user_api="blas"):
+        return _fit(texts, cluster_ids, seed=seed, temperature=temperature, processes=processes, report=report)
+
+
+def _fit(
+    texts: Sequence[str],
+    cluster_ids: Sequence[str],
+    *,
+    seed: int,
+    temperature: float,
+    processes: int,
+    report: Callable[[str, float], None],
+) -> FitResult:
     clusters = len(cluster_ids)
     if len(texts) < clusters:
         raise InvalidArgument(f"clusters: {clusters} cannot be made of {len(texts)} documents", field="clusters")

@@ -16,6 +16,8 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
 
+from threadpoolctl import threadpool_limits
+
 from cbtm_common.errors import ResourceExhausted
 
 T = TypeVar("T")
@@ -68,8 +70,9 @@ def _begin(function: Callable[[Any], Any]) -> None:
     _function = function
     # Ctrl-C is the parent's to answer, which ends its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # One core each: the tokenizer would otherwise start a thread for every core in every process.
+    # One core each: tokenizer and BLAS would otherwise start a thread for every core in every process.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    threadpool_limits(1, user_api="blas")
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
