@@ -35,10 +35,8 @@ def word_counts(text: str) -> Counter[str]:
     """
     if text.isascii():
         return Counter(text.translate(_SPLIT).split())
-    counts: Counter[str] = Counter()
-    for word, count in Counter(WORD.findall(text)).items():
-        counts[word.lower()] += count
-    return counts
+    # Word by word: how a letter is lower-cased may depend on its neighbours.
+    return Counter(map(str.lower, WORD.findall(text)))
 
 
 def words(text: str) -> Iterator[tuple[int, int]]:
