@@ -268,6 +268,8 @@ def _serve() -> None:
         if child == 0:
             answers.close()
             signal.signal(signal.SIGINT, signal.default_int_handler)
+            # Under nohup the tests ignore it, and so would every program that they start.
+            signal.signal(signal.SIGHUP, signal.SIG_DFL)
             try:
                 _become(request)
             finally:
