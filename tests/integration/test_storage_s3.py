@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import socket
+import threading
 import uuid
 from datetime import timedelta
 from urllib.parse import parse_qsl, urlsplit
@@ -13,6 +15,7 @@ import pytest
 from cbtm_common.errors import IntegrityError, InvalidArgument, PermissionDenied, Unavailable
 from cbtm_common.files import FileSpec
 from cbtm_coordinator.storage import S3Config, S3Store, StorageConfig, open_object_store, prepare_upload, verify
+from cbtm_coordinator.storage.s3 import _make_client
 from tests.support.objects import Backend, ObjectStoreContract
 from tests.support.seaweed import Seaweed, seaweed
 
@@ -159,3 +162,23 @@ def test_an_answer_that_a_broken_connection_cut_short_deletes_no_good_object(
     with contextlib.suppress(Unavailable):
         assert prepare_upload(store, file, ttl=timedelta(minutes=1), replace=True).stored
     assert store.stat(file.key) is not None
+
+
+def test_an_answer_that_breaks_off_in_a_header_is_an_outage(config: S3Config) -> None:
+    store = S3Store(config)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer() -> None:
+            connection, _ = server.accept()
+            with connection:
+                connection.recv(1 << 16)
+                connection.sendall(
+                    b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nLast-Modified: Wed, 25 Nov 2026 23:\r\n\r\n"
+                )
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        store._client = _make_client(config, f"http://127.0.0.1:{server.getsockname()[1]}")
+        with pytest.raises(Unavailable, match="answer cannot be read"):
+            store.stat("some/key")
+        thread.join()

@@ -235,6 +235,7 @@ class S3Store:
     def _call(self, operation: str, **parameters: Any) -> Any:
         """One call of boto3's, with its errors as ours."""
         from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
+        from botocore.parsers import ResponseParserError
 
         try:
             return getattr(self._client, operation)(Bucket=self.config.bucket, **parameters)
@@ -255,6 +256,9 @@ class S3Store:
             raise PermissionDenied(f"{operation}: there are no credentials; {remedy}") from error
         except BotoCoreError as error:
             raise Unavailable(f"{operation}: {error}") from error
+        except (ValueError, ResponseParserError) as error:
+            # An answer whose headers or body end in the middle of something, such as a date.
+            raise Unavailable(f"{operation}: the object store's answer cannot be read: {error}") from error
 
 
 def _make_client(config: S3Config, endpoint_url: str) -> Any:
