@@ -27,7 +27,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from cbtm._ensemble import Ensemble
-from cbtm._evaluate import Float64, Progress
+from cbtm._evaluate import Float64, Progress, check_baseline, check_top_k
 from cbtm._residency import check_dtype, load_model
 from cbtm._scoring import TokenSequence, mixture_scores, model_scores
 from cbtm_common.errors import InvalidArgument
@@ -160,8 +160,7 @@ def classify(
         raise InvalidArgument("seeds: at least one is needed", field="seeds")
     count = len(model.clusters)
     ks = sorted(set(top_k)) if top_k is not None else [k for k in (1, 2) if k < count]
-    if not all(1 <= k <= count for k in ks):
-        raise InvalidArgument(f"top_k: {ks} are not all between 1 and the {count} experts", field="top_k")
+    check_top_k(ks, count)
     asked = _Questions(model, task, shots=shots, seeds=seeds if shots else seeds[:1], method=method)
     window, stride = model.window_and_stride()
     models: dict[str, Callable[[], Sequence[Float64]]] = {}
@@ -177,8 +176,7 @@ def classify(
         seed = load_model(model.parts.seed.directory(), name="seed", device=model.pool.device, dtype=dtype)
         models["seed"] = alone(seed)
     if baseline is not None:
-        if len(baseline.pool) != 1 or baseline.tokenizer.get_vocab() != model.tokenizer.get_vocab():
-            raise InvalidArgument("baseline: it is not one dense model with the same tokenizer", field="baseline")
+        check_baseline(model, baseline)
         models["dense"] = alone(baseline.pool.get(0))
     for k in (*ks, None):
         view = model.with_routing(top_k="all" if k is None else k, temperature=temperature, policy="prompt")

@@ -115,8 +115,7 @@ def evaluate(
         raise InvalidArgument("documents: there is no token to score", field="documents")
     count = len(model.clusters)
     ks = sorted(set(top_k)) if top_k is not None else [2**n for n in range(count.bit_length()) if 2**n < count] or [1]
-    if not all(1 <= k <= count for k in ks):
-        raise InvalidArgument(f"top_k: {ks} are not all between 1 and the {count} experts", field="top_k")
+    check_top_k(ks, count)
     if not all(0 < temperature < math.inf for temperature in temperatures):
         raise InvalidArgument(f"temperatures: {list(temperatures)} are not all above 0", field="temperatures")
     sequences = [model.sequence_of(d.token_ids) for d in held_out]
@@ -127,8 +126,7 @@ def evaluate(
     if model.parts.seed is not None:
         values["seed"] = scorer.source("seed", model.parts.seed, model.pool)
     if baseline is not None:
-        if len(baseline.pool) != 1 or baseline.tokenizer.get_vocab() != model.tokenizer.get_vocab():
-            raise InvalidArgument("baseline: it is not one dense model with the same tokenizer", field="baseline")
+        check_baseline(model, baseline)
         values["dense"] = scorer.expert(baseline.pool, 0, name="dense")
     place = {cluster.id: i for i, cluster in enumerate(model.clusters)}
     unknown = [np.full(sequence.scored, np.nan) for sequence in sequences]
@@ -145,6 +143,18 @@ def evaluate(
         if progress is not None:
             progress("temperatures", number + 1, len(temperatures))
     return _tabulate(model, held_out, values, mixed, tuple(sweep), window=window, stride=stride)
+
+
+def check_top_k(ks: Sequence[int], experts: int) -> None:
+    """Raises InvalidArgument."""
+    if not all(1 <= k <= experts for k in ks):
+        raise InvalidArgument(f"top_k: {list(ks)} are not all between 1 and the {experts} experts", field="top_k")
+
+
+def check_baseline(model: Ensemble, baseline: Ensemble) -> None:
+    """Raises InvalidArgument when the two cannot be compared token by token."""
+    if len(baseline.pool) != 1 or baseline.tokenizer.get_vocab() != model.tokenizer.get_vocab():
+        raise InvalidArgument("baseline: it is not one dense model with the same tokenizer", field="baseline")
 
 
 def evaluate_run(

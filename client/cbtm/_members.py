@@ -75,14 +75,8 @@ def renewed(old: Members, parts: EnsembleParts, *, asked: TopK) -> tuple[Members
         if parts.present and not any(weights):
             raise InvalidState("refresh: no expert is left of those that the fixed weights name; set others first")
     top_k = top_k_of(asked, parts)
-    routing = RoutingOptions(
-        top_k=top_k if top_k is None else min(top_k, max(1, len(parts.present))),
-        temperature=options.temperature,
-        distance=options.distance,
-        interval=options.interval,
-        settle_after=options.settle_after,
-        policy=options.policy,
-        weights=weights,
+    routing = replace(
+        options, top_k=top_k if top_k is None else min(top_k, max(1, len(parts.present))), weights=weights
     )
     return assemble(parts, old.pool.residency, old.codec, routing), changes
 

@@ -60,18 +60,13 @@ class LinearRouter(Router):
     def begin(self) -> CharacterCounts:
         return CharacterCounts(self.alphabet, np.zeros(len(self.alphabet)))
 
-    def running_weights(
-        self,
-        states: Sequence[Any],
-        *,
-        top_k: int | None = None,
-        temperature: float | None = None,
-        distance: Distance = Distance.SQUARED,
-    ) -> Float64:
+    def _read_states(self, states: Sequence[Any]) -> Float64:
+        return np.log1p(np.array([state.counts for state in states]).reshape(-1, len(self.alphabet)))
+
+    def _weigh(self, read: Float64, top_k: int | None, temperature: float | None, distance: Distance) -> Float64:
         if distance is not Distance.SQUARED:
             raise InvalidArgument("distance: a linear router has none", field="distance")
-        counts = np.array([state.counts for state in states]).reshape(-1, len(self.alphabet))
-        logits = np.log1p(counts) @ self.matrix.astype(np.float64) / (temperature or self.temperature)
+        logits = read @ self.matrix.astype(np.float64) / (temperature or self.temperature)
         weights = np.exp(logits - logits.max(axis=1, keepdims=True))
         return keep_top(weights / weights.sum(axis=1, keepdims=True), top_k)
 

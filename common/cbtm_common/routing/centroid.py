@@ -65,42 +65,20 @@ class CentroidRouter(Router):
     def temperature(self) -> float:
         return self._temperature
 
-    def weights(
-        self,
-        texts: Sequence[str],
-        *,
-        top_k: int | None = None,
-        temperature: float | None = None,
-        distance: Distance = Distance.SQUARED,
-    ) -> Float64:
-        return self._weights_of(self.embedding.embed(texts), top_k, temperature, distance)
+    def _read_texts(self, texts: Sequence[str]) -> Float64:
+        return self.embedding.embed(texts)
 
-    def prefix_weights(
-        self,
-        text: str,
-        ends: Sequence[int],
-        *,
-        top_k: int | None = None,
-        temperature: float | None = None,
-        distance: Distance = Distance.SQUARED,
-    ) -> Float64:
-        return self._weights_of(self.embedding.embed_prefixes(text, ends), top_k, temperature, distance)
+    def _read_prefixes(self, text: str, ends: Sequence[int]) -> Float64:
+        return self.embedding.embed_prefixes(text, ends)
 
     def begin(self) -> CentroidState:
         return CentroidState(self.embedding, self.embedding.start())
 
-    def running_weights(
-        self,
-        states: Sequence[RunningState],
-        *,
-        top_k: int | None = None,
-        temperature: float | None = None,
-        distance: Distance = Distance.SQUARED,
-    ) -> Float64:
+    def _read_states(self, states: Sequence[RunningState]) -> Float64:
         running = [state.running for state in states if isinstance(state, CentroidState)]
         if len(running) != len(states):
             raise TypeError("states: they are another router's")
-        return self._weights_of(self.embedding.embed_running(running), top_k, temperature, distance)
+        return self.embedding.embed_running(running)
 
     def restrict(self, cluster_ids: Sequence[str]) -> Self:
         """Raises InvalidArgument for a cluster that this router does not know."""
@@ -126,16 +104,14 @@ class CentroidRouter(Router):
         squared: Float64 = np.maximum(lengths - 2 * cross + (centroids**2).sum(axis=1), 0.0)
         return squared
 
-    def _weights_of(
-        self, embedded: Float64, top_k: int | None, temperature: float | None, distance: Distance
-    ) -> Float64:
+    def _weigh(self, read: Float64, top_k: int | None, temperature: float | None, distance: Distance) -> Float64:
         result = mixture_weights(
-            self.squared_distances(embedded),
+            self.squared_distances(read),
             temperature=temperature or self._temperature,
             top_k=top_k,
             distance=distance,
         )
-        unknown = ~embedded.any(axis=1)
+        unknown = ~read.any(axis=1)
         if unknown.any():
             result[unknown] = keep_top(self.prior.astype(np.float64)[None], top_k)
         return result

@@ -9,7 +9,6 @@ gives h at every prefix: a running sum over finished words, plus the one word th
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -91,21 +90,18 @@ class TermEmbedding:
         `ends` must not descend. Costs one pass over `text` and at most one word lookup for each end.
         """
         end_of = np.asarray(ends, dtype=np.int64)
-        if len(end_of) and (np.diff(end_of) < 0).any():
-            raise ValueError("ends must not descend")
         spans = np.array(list(words(text[: int(end_of[-1])] if len(end_of) else "")), dtype=np.int64).reshape(-1, 2)
         rows = [self._row_of_span(text, start, end) for start, end in spans.tolist()]
         vectors = np.zeros((len(spans) + 1, self.dimensions))
         known = {i + 1: row for i, row in enumerate(rows) if row is not None}
         if known:
             vectors[list(known)] = self.projection[list(known.values())]
-        counts: Counter[int] = Counter()
         places: dict[int, list[int]] = {}
         if self.sublinear:
             for i, found in known.items():
-                counts[found] += 1
-                vectors[i] *= self._step(counts[found])
-                places.setdefault(found, []).append(i)
+                before = places.setdefault(found, [])
+                before.append(i)
+                vectors[i] *= self._step(len(before))
         sums = np.cumsum(vectors, axis=0)
         # Words that end at or before each prefix's end are whole; the next one is cut if it has begun.
         whole = np.searchsorted(spans[:, 1], end_of, side="right")

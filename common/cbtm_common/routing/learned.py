@@ -142,30 +142,17 @@ class LearnedRouter(Router):
     def begin(self) -> LearnedState:
         return LearnedState(self, History(), 0, self.bias.astype(np.float64), None, "")
 
-    def running_weights(
-        self,
-        states: Sequence[RunningState],
-        *,
-        top_k: int | None = None,
-        temperature: float | None = None,
-        distance: Distance = Distance.SQUARED,
-    ) -> Float64:
+    def _read_states(self, states: Sequence[RunningState]) -> Float64:
+        """Logits [N, K]; rows of NaN are of contexts without a known piece."""
         logits = np.full((len(states), len(self.bias)), np.nan)
         for i, state in enumerate(states):
             if not isinstance(state, LearnedState):
                 raise TypeError("states: they are another router's")
             if state.logits is not None:
                 logits[i] = state.logits
-        return self._weights_of(logits, top_k, temperature, distance)
+        return logits
 
-    def weights(
-        self,
-        texts: Sequence[str],
-        *,
-        top_k: int | None = None,
-        temperature: float | None = None,
-        distance: Distance = Distance.SQUARED,
-    ) -> Float64:
+    def _read_texts(self, texts: Sequence[str]) -> Float64:
         logits = np.full((len(texts), len(self.bias)), np.nan)
         for i, text in enumerate(texts):
             counts = Counter(match.group() for match in _PIECE.finditer(text))
@@ -177,20 +164,10 @@ class LearnedRouter(Router):
             if rows:
                 times = np.log1p(np.fromiter(rows.values(), np.float64, len(rows)))
                 logits[i] = self.bias + times @ self.coefficients[list(rows)].astype(np.float64)
-        return self._weights_of(logits, top_k, temperature, distance)
+        return logits
 
-    def prefix_weights(
-        self,
-        text: str,
-        ends: Sequence[int],
-        *,
-        top_k: int | None = None,
-        temperature: float | None = None,
-        distance: Distance = Distance.SQUARED,
-    ) -> Float64:
+    def _read_prefixes(self, text: str, ends: Sequence[int]) -> Float64:
         end_of = np.asarray(ends, dtype=np.int64)
-        if len(end_of) and (np.diff(end_of) < 0).any():
-            raise ValueError("ends must not descend")
         found = list(pieces(text[: int(end_of[-1])] if len(end_of) else ""))
         rows = [self.row_of(piece) for _, _, piece in found]
         # At which pieces each row occurs: how often it did before any of them is a search.
@@ -210,7 +187,7 @@ class LearnedRouter(Router):
                 if cut is not None:
                     before = bisect_left(places.get(cut, []), done)
                     logits[t] = sums[done] + _step(before) * self.coefficients[cut]
-        return self._weights_of(logits, top_k, temperature, distance)
+        return logits
 
     def restrict(self, cluster_ids: Sequence[str]) -> Self:
         """Raises InvalidArgument for a cluster that this router does not know."""
@@ -224,13 +201,12 @@ class LearnedRouter(Router):
             temperature=self._temperature,
         )
 
-    def _weights_of(self, logits: Float64, top_k: int | None, temperature: float | None, distance: Distance) -> Float64:
-        """Rows of NaN are of contexts without a known piece."""
+    def _weigh(self, read: Float64, top_k: int | None, temperature: float | None, distance: Distance) -> Float64:
         if distance is not Distance.SQUARED:
             raise InvalidArgument(f"distance: a learned router has none, so not {distance} either", field="distance")
-        unknown = np.isnan(logits[:, 0])
+        unknown = np.isnan(read[:, 0])
         result = mixture_weights(
-            -np.where(unknown[:, None], 0.0, logits), temperature=temperature or self._temperature, top_k=top_k
+            -np.where(unknown[:, None], 0.0, read), temperature=temperature or self._temperature, top_k=top_k
         )
         if unknown.any():
             result[unknown] = keep_top(self.clustering.prior.astype(np.float64)[None], top_k)

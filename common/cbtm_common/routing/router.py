@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self, TypeVar
 
@@ -54,15 +55,12 @@ class Router(ABC):
         """The empty context. Its weights are the clusters' prior."""
 
     @abstractmethod
-    def running_weights(
-        self,
-        states: Sequence[RunningState],
-        *,
-        top_k: int | None = None,
-        temperature: float | None = None,
-        distance: Distance = Distance.SQUARED,
-    ) -> Float64:
-        """[N, K]: weights of the text that each state stands for. Rows sum to 1, with zeros outside the top k."""
+    def _read_states(self, states: Sequence[RunningState]) -> Float64:
+        """[N, ·]: what `_weigh` needs to know of the text that each state stands for."""
+
+    @abstractmethod
+    def _weigh(self, read: Float64, top_k: int | None, temperature: float | None, distance: Distance) -> Float64:
+        """[N, ·] to weights [N, K]. Rows sum to 1, with zeros outside the top k."""
 
     @abstractmethod
     def restrict(self, cluster_ids: Sequence[str]) -> Router:
@@ -80,7 +78,18 @@ class Router(ABC):
         Files that do not fit together raise IntegrityError, or any of ValueError, KeyError and TypeError.
         """
 
-    # What follows from these; a kind that can do better does.
+    # What follows from these; a kind that can read whole texts, or all prefixes of one, in a better way does.
+
+    def _read_texts(self, texts: Sequence[str]) -> Float64:
+        return self._read_states([self.begin().extend(text) for text in texts])
+
+    def _read_prefixes(self, text: str, ends: Sequence[int]) -> Float64:
+        states, state, at = [], self.begin(), 0
+        for end in ends:
+            if end > at:
+                state, at = state.extend(text[at:end]), end
+            states.append(state)
+        return self._read_states(states)
 
     def weights(
         self,
@@ -90,9 +99,8 @@ class Router(ABC):
         temperature: float | None = None,
         distance: Distance = Distance.SQUARED,
     ) -> Float64:
-        """[N, K]: weights of whole texts."""
-        states = [self.begin().extend(text) for text in texts]
-        return self.running_weights(states, top_k=top_k, temperature=temperature, distance=distance)
+        """[N, K]: weights of whole texts. Rows sum to 1, with zeros outside the top k."""
+        return self._weigh(self._read_texts(texts), top_k, temperature, distance)
 
     def prefix_weights(
         self,
@@ -104,14 +112,20 @@ class Router(ABC):
         distance: Distance = Distance.SQUARED,
     ) -> Float64:
         """[T, K]: row t is `weights([text[:ends[t]]])`, for all t in one pass. `ends` must not descend."""
-        states, state, at = [], self.begin(), 0
-        for end in ends:
-            if end < at:
-                raise ValueError("ends must not descend")
-            if end > at:
-                state, at = state.extend(text[at:end]), end
-            states.append(state)
-        return self.running_weights(states, top_k=top_k, temperature=temperature, distance=distance)
+        if any(later < earlier for earlier, later in pairwise(ends)):
+            raise ValueError("ends must not descend")
+        return self._weigh(self._read_prefixes(text, ends), top_k, temperature, distance)
+
+    def running_weights(
+        self,
+        states: Sequence[RunningState],
+        *,
+        top_k: int | None = None,
+        temperature: float | None = None,
+        distance: Distance = Distance.SQUARED,
+    ) -> Float64:
+        """[N, K]: weights of the text that each state stands for."""
+        return self._weigh(self._read_states(states), top_k, temperature, distance)
 
     def assign(self, texts: Sequence[str]) -> npt.NDArray[np.int64]:
         """Index of the heaviest cluster for each text, [N]: how documents are sharded."""

@@ -74,12 +74,12 @@ def learn_router(
     if len(texts) > _TEXTS:
         texts = [texts[i] for i in np.sort(random.choice(len(texts), _TEXTS, replace=False))]
     labels = clustering.assign(texts)
-    prefixes: list[str] = []
+    ends: list[int] = []
     counts: list[Counter[str]] = []
     owner: list[int] = []
     for number, text in enumerate(texts):
         for end, counted in _cuts(text, random):
-            prefixes.append(text[:end])
+            ends.append(end)
             counts.append(counted)
             owner.append(number)
         if number % 1000 == 0:
@@ -106,7 +106,7 @@ def learn_router(
         bias=bias,
         temperature=float(_TEMPERATURES[int(np.argmin(losses))]),
     )
-    held = [prefix for prefix, is_kept in zip(prefixes, kept, strict=True) if is_kept]
+    held = [texts[owner[i]][: ends[i]] for i in np.flatnonzero(kept)]
     return LearnResult(
         router=router,
         accuracy=float((router.weights(held).argmax(axis=1) == target[kept]).mean()),
