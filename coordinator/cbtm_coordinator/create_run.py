@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -18,18 +18,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    Progress,
-    ProgressColumn,
-    SpinnerColumn,
-    Task,
-    TaskID,
-    TextColumn,
-    TimeRemainingColumn,
-)
-from rich.table import Table
-from rich.text import Text
+from rich.progress import Progress
 
 from cbtm_api.v1 import admin_service_pb2 as ad
 from cbtm_api.v1 import resources_pb2 as pb
@@ -48,6 +37,7 @@ from cbtm_coordinator.clustering.progress import ClusterStats, ShardFile
 from cbtm_coordinator.clustering.report import write_report
 from cbtm_coordinator.clustering.sample import reservoir
 from cbtm_coordinator.clustering.sharding import TRAIN, shard_corpus
+from cbtm_coordinator.create_run_display import cluster_table, progress_bars, show_steps
 from cbtm_coordinator.upload_run import Files, patiently, register_clusters, upload_files
 from cbtm_coordinator.work_dir import remove_abandoned, work_dir
 
@@ -94,7 +84,7 @@ def create_run(connection: Connection, options: CreateRunOptions, console: Conso
     corpus = open_corpus(options.corpus, text_field=options.text_field, id_field=options.id_field)
     if freed := remove_abandoned(options.work_dir):
         console.print(f"{human_bytes(freed)} that a killed `run create` had left are removed")
-    with work_dir(options.work_dir) as work, _bars(console) as bars:
+    with work_dir(options.work_dir) as work, progress_bars(console) as bars:
         bars.console.print(f"{len(corpus.files)} file(s), {human_bytes(corpus.total_bytes)}")
         maker = _Maker(connection, options, corpus, work, bars)
         maker.check_config()
@@ -249,7 +239,7 @@ class _Maker:
             shards=shards,
             stats=stats,
         )
-        self._bars.console.print(_cluster_table(fitted, stats))
+        self._bars.console.print(cluster_table(fitted, stats))
         for kind, name in _FOLDERS:
             folder = self._work / name
             self._upload(run.id, kind, {spec.path: (folder / spec.path, spec) for spec in describe(folder)}, name)
@@ -283,7 +273,7 @@ class _Maker:
         return self._base, self._tokens
 
     def _fit(self, run_id: str) -> FitResult:
-        bar, report = self._steps("clustering")
+        bar, report = show_steps(self._bars, "clustering")
         fitted = fit(
             self._sample,
             [cluster_id(run_id, index) for index in range(self._options.clusters)],
@@ -297,25 +287,10 @@ class _Maker:
     def _learn(self, fitted: FitResult) -> LearnResult | None:
         if self._recipe.routing.router is not RouterKind.LEARNED or self._options.clusters == 1:
             return None
-        bar, report = self._steps("router")
+        bar, report = show_steps(self._bars, "router")
         learned = learn_router(fitted.router, self._sample, seed=self._recipe.seed, report=report)
         self._bars.update(bar, description="router", total=1, completed=1)
         return learned
-
-    def _steps(self, name: str) -> tuple[TaskID, Callable[[str, float], None]]:
-        """A bar for work that comes in steps, and what tells it of them: which, and the share of it that is done."""
-        bar = self._bars.add_task(name, total=None, unit="share")
-        doing = ""
-
-        def report(what: str, share: float) -> None:
-            nonlocal doing
-            if what != doing:
-                # What is left of one step says nothing of the next.
-                self._bars.reset(bar, description=f"{name}: {what}", total=1)
-                doing = what
-            self._bars.update(bar, completed=share)
-
-        return bar, report
 
     def _shard(self, fitted: FitResult, tokens: Any) -> tuple[list[ShardFile], list[ClusterStats]]:
         bar = self._bars.add_task("assigning and tokenizing", total=self._read.documents)
@@ -399,38 +374,3 @@ def _limited(texts: Sequence[str]) -> Iterator[str]:
             return
         left -= len(text)
         yield text
-
-
-def _cluster_table(fitted: FitResult, stats: Sequence[ClusterStats]) -> Table:
-    table = Table(header_style="bold")
-    for name in ("Cluster", "Documents", "Tokens", "Share"):
-        table.add_column(name, justify="right")
-    table.add_column("Top terms")
-    total = sum(s.tokens for s in stats)
-    for index, s in enumerate(stats):
-        row = (str(index), f"{s.documents:,}", f"{s.tokens:,}", f"{100 * s.tokens / total:.1f} %")
-        table.add_row(*row, escape(", ".join(fitted.top_terms[index][:8])))
-    return table
-
-
-class _Amount(ProgressColumn):
-    """Done of total: bytes as a person reads them, where the task has that unit."""
-
-    def render(self, task: Task) -> Text:
-        if task.total is None:
-            return Text("")
-        if task.fields.get("unit") == "share":
-            return Text(f"{100 * task.completed / task.total:.0f} %")
-        show = human_bytes if task.fields.get("unit") == "bytes" else "{:,.0f}".format
-        return Text(f"{show(task.completed)} of {show(task.total)}")
-
-
-def _bars(console: Console) -> Progress:
-    return Progress(
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        _Amount(),
-        TimeRemainingColumn(),
-        console=console,
-    )
