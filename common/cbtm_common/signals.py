@@ -1,4 +1,4 @@
-"""A flag that a signal handler sets and threads wait for.
+"""Which signals end a process, and a flag that a signal handler sets and threads wait for.
 
 A handler runs in the main thread, between any two of its instructions. `threading.Event.set` takes a lock there that
 the main thread may hold at that moment, in `wait`; then neither goes on. And a signal that comes in the instant before
@@ -7,11 +7,20 @@ a thread blocks on a lock is noticed only when something else wakes it. So this 
 
 from __future__ import annotations
 
+import signal
 import threading
 import time
 
 # A signal waits for so long at most; a waiter that nobody needs costs nothing to speak of.
 _LOOK_SECONDS = 0.1
+
+
+def ending_signals() -> list[signal.Signals]:
+    """What asks a process to end: Ctrl-C, SIGTERM and a closed terminal, unless that is ignored, as nohup does."""
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    return numbers
 
 
 class SignalFlag(threading.Event):

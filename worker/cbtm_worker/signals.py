@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable
 from types import FrameType
 
-from cbtm_common.signals import SignalFlag
+from cbtm_common.signals import SignalFlag, ending_signals
 
 
 class StopSignal:
@@ -26,10 +26,7 @@ class StopSignal:
 
     def install(self) -> None:
         """Takes over SIGINT, SIGTERM and SIGHUP; a SIGHUP that is ignored (nohup) stays so."""
-        numbers = [signal.SIGINT, signal.SIGTERM]
-        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
-            numbers.append(signal.SIGHUP)
-        for number in numbers:
+        for number in ending_signals():
             signal.signal(number, self.handle)
 
     def handle(self, number: int, frame: FrameType | None) -> None:

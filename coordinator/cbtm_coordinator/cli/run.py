@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from cbtm_common.errors import InvalidArgument
+from cbtm_common.signals import ending_signals
 from cbtm_coordinator.cli.options import AdminToken, Coordinator, DataDir, Json, Yes, open_connection
 from cbtm_coordinator.cli.status import show_runs
 
@@ -80,10 +81,8 @@ def _interrupt_when_told_to_end() -> None:
     """What ends a session or a service leaves no half-made run either, just as Ctrl-C."""
     import signal
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    # nohup ignores it, so that the command outlives the session.
-    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
-        signal.signal(signal.SIGHUP, signal.default_int_handler)
+    for number in ending_signals():
+        signal.signal(number, signal.default_int_handler)
 
 
 @app.command("list")
