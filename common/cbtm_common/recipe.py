@@ -61,6 +61,9 @@ class SeedRecipe(_Strict):
     # Peak learning rate of the seed phase; the optimizer's when unset.
     learning_rate: float | None = Field(default=None, gt=0)
     warmup_steps: int = Field(default=0, ge=0)
+    # Sequences a step of the seed phase; the experts' when unset. One expert sees 1/K of the data, and a batch of 1/K
+    # of the seed's gives it as many steps (c-BTM).
+    global_batch: int | None = Field(default=None, ge=1)
 
 
 class LeaseRecipe(_Strict):
@@ -160,7 +163,37 @@ class Recipe(_Strict):
             field = ".".join(str(part) for part in first["loc"])
             raise InvalidArgument(f"recipe: {source}: {field}: {first['msg']}", field=field) from error
 
+    def for_seed(self) -> Recipe:
+        """What the SEED task trains by: the same, with the seed phase's batch."""
+        batch = self.seed_phase.global_batch
+        return self if batch is None else self.model_copy(update={"global_batch": batch})
+
+    def step_tokens(self) -> int:
+        """Tokens of one optimizer step."""
+        return self.global_batch * self.sequence_length
+
     def seed_steps(self, clusters: int) -> int:
         """Steps of the SEED task so that it takes `seed_phase.fraction` of all training tokens."""
         fraction = self.seed_phase.fraction
-        return round(self.steps * clusters * fraction / (1 - fraction))
+        sequences = self.steps * clusters * self.global_batch * fraction / (1 - fraction)
+        return round(sequences / self.for_seed().global_batch)
+
+    def budget_tokens(self, clusters: int, *, from_scratch: bool) -> int:
+        """Tokens that all tasks of a run train on together; `from_scratch` with the seed phase."""
+        seed = self.seed_steps(clusters) * self.for_seed().step_tokens() if from_scratch else 0
+        return seed + self.steps * clusters * self.step_tokens()
+
+    def dense_beside(self, clusters: int, *, from_scratch: bool) -> tuple[Recipe, int]:
+        """(recipe, steps) of a dense model that trains on as many tokens; from scratch it trains as the seed does."""
+        recipe = self
+        if from_scratch:
+            seed = self.seed_phase
+            recipe = self.for_seed().model_copy(
+                update={
+                    "optimizer": self.optimizer.model_copy(
+                        update={"learning_rate": seed.learning_rate or self.optimizer.learning_rate}
+                    ),
+                    "schedule": self.schedule.model_copy(update={"warmup_steps": seed.warmup_steps}),
+                }
+            )
+        return recipe, max(1, round(self.budget_tokens(clusters, from_scratch=from_scratch) / recipe.step_tokens()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from cbtm_api.v1 import resources_pb2 as pb
 from cbtm_api.v1 import worker_service_pb2 as ws
 from cbtm_common.errors import AlreadyExists, CbtmError, InvalidArgument, InvalidState, LeaseLost, NotFound
 from cbtm_common.ids import cluster_id, new_request_id
+from cbtm_common.recipe import Recipe
 from cbtm_common.rpc import MAX_MESSAGE_BYTES, Connection
 from tests.support.coordinator import RunningCoordinator
 from tests.support.raw_run import RECIPE, STEPS, RawWorker, checkpoint_folder, create_run, make_run
@@ -151,6 +153,31 @@ def test_a_baseline_trains_on_every_cluster_as_long_as_all_of_them_together(
     routed = admin.catalog.Route(cs.RouteRequest(run="web-dense", texts=["anything"])).routings
     assert [(w.cluster_index, w.weight) for w in routed[0].weights] == [(0, 1.0)]
     _delete(admin, "web-dense")
+
+
+def test_a_baseline_may_have_another_batch_and_rate_for_as_many_tokens(admin: Connection, run: pb.Run) -> None:
+    request = ad.CreateBaselineRequest(
+        request_id=new_request_id(), run="web", name="big", global_batch=3, learning_rate=0.5
+    )
+    made = admin.admin.CreateBaseline(request).run
+    recipe = Recipe.from_json(made.recipe_json)
+    assert (recipe.global_batch, recipe.optimizer.learning_rate) == (3, 0.5)
+    status = admin.admin.GetRunStatus(ad.GetRunStatusRequest(run="big"))
+    assert [task.task.total_steps for task in status.tasks] == [STEPS]
+    assert made.budget_tokens == run.budget_tokens
+    _delete(admin, "big")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("global_batch", -1), ("learning_rate", -0.1), ("learning_rate", math.nan)]
+)
+def test_a_baseline_with_no_such_batch_or_rate_is_refused(
+    admin: Connection, run: pb.Run, field: str, value: float
+) -> None:
+    with pytest.raises(InvalidArgument, match=field):
+        admin.admin.CreateBaseline(
+            ad.CreateBaselineRequest(request_id=new_request_id(), run="web", name="no", **{field: value})  # type: ignore[arg-type]
+        )
 
 
 def test_a_deleted_run_leaves_no_object_and_its_workers_are_told(

@@ -73,9 +73,10 @@ class TaskRunner:
         self._spec = spec
         self._heartbeat = heartbeat
         try:
-            self._recipe = Recipe.from_json(spec.run.recipe_json)
+            recipe = Recipe.from_json(spec.run.recipe_json)
         except InvalidArgument as error:
             raise Unfit(f"this cbtm does not know the run's recipe; upgrade it ({error.message})") from error
+        self._recipe = recipe.for_seed() if spec.task.kind == pb.TASK_KIND_SEED else recipe
         drop_other_tasks(context.tasks_dir, keep=spec.task.id, now=time.time())
         self._local = LocalCheckpoints(context.tasks_dir / spec.task.id)
         if not continued and self._local.committed_step > spec.task.committed_step:
@@ -253,7 +254,7 @@ class TaskRunner:
     def _note(self, result: StepResult, speed: Speed) -> None:
         view, rate = self._view, speed.tokens_per_second
         view.step, view.loss, view.tokens_per_second = result.step, result.loss, rate
-        step_seconds = self._recipe.global_batch * self._recipe.sequence_length / rate if rate else 0.0
+        step_seconds = self._recipe.step_tokens() / rate if rate else 0.0
         view.seconds_left = (view.total_steps - view.step) * step_seconds if rate else None
         self._heartbeat.update(
             phase="train", step=result.step, loss=result.loss, tokens_per_second=rate, step_seconds=step_seconds

@@ -311,20 +311,28 @@ class CreateBaselineRequest(_message.Message):
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     RUN_FIELD_NUMBER: _builtins.int
     NAME_FIELD_NUMBER: _builtins.int
+    GLOBAL_BATCH_FIELD_NUMBER: _builtins.int
+    LEARNING_RATE_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     run: _builtins.str
     """Id or name of the run to set it beside."""
     name: _builtins.str
+    global_batch: _builtins.int
+    """Sequences a step; 0 for the run's own (of its seed phase, from scratch). The training tokens stay the same."""
+    learning_rate: _builtins.float
+    """Peak learning rate; 0 for the run's own."""
     def __init__(
         self,
         *,
         request_id: _builtins.str = ...,
         run: _builtins.str = ...,
         name: _builtins.str = ...,
+        global_batch: _builtins.int = ...,
+        learning_rate: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "request_id", b"request_id", "run", b"run"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["global_batch", b"global_batch", "learning_rate", b"learning_rate", "name", b"name", "request_id", b"request_id", "run", b"run"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

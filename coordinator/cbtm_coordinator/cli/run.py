@@ -98,16 +98,23 @@ def list_runs(
 def baseline(
     run: str,
     name: Annotated[str, typer.Option(help="Its name (default: RUN-dense).")] = "",
+    global_batch: Annotated[int, typer.Option(help="Sequences a step (default: the run's own).")] = 0,
+    learning_rate: Annotated[float, typer.Option(help="Peak rate (default: the run's own).")] = 0.0,
     coordinator: Coordinator = None,
     token: AdminToken = None,
     data_dir: DataDir = None,
 ) -> None:
-    """Make a dense run beside a run: the same data and training tokens, one model."""
+    """Make a dense run beside a run: the same data and training tokens, one model.
+
+    What the experts are to beat is the best of several batch sizes and learning rates: make one for each.
+    """
     from cbtm_api.v1 import admin_service_pb2 as ad
     from cbtm_common.ids import new_request_id
 
     with open_connection(coordinator, token, data_dir) as connection:
-        request = ad.CreateBaselineRequest(request_id=new_request_id(), run=run, name=name)
+        request = ad.CreateBaselineRequest(
+            request_id=new_request_id(), run=run, name=name, global_batch=global_batch, learning_rate=learning_rate
+        )
         made = connection.admin.CreateBaseline(request).run
     typer.echo(f"{made.name}: one model, {made.budget_tokens:,} training tokens")
 

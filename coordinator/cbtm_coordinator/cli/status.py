@@ -104,6 +104,7 @@ def run_facts(connection: Connection, run: str) -> dict[str, Any]:
     from cbtm_api.v1 import admin_service_pb2 as ad
     from cbtm_api.v1 import resources_pb2 as pb
     from cbtm_common.protos import from_duration, from_timestamp
+    from cbtm_common.recipe import Recipe
 
     answer = connection.admin.GetRunStatus(ad.GetRunStatusRequest(run=run))
     now = from_timestamp(answer.server_time)
@@ -133,7 +134,9 @@ def run_facts(connection: Connection, run: str) -> dict[str, Any]:
             }
         )
     run_message = answer.run
-    total = sum(t["total_steps"] for t in tasks)
+    recipe = Recipe.from_json(run_message.recipe_json)
+    step_tokens = {t["task"]: (recipe.for_seed() if t["kind"] == "SEED" else recipe).step_tokens() for t in tasks}
+    trained, total = (sum(t[field] * step_tokens[t["task"]] for t in tasks) for field in ("step", "total_steps"))
     remaining = answer.HasField("estimated_remaining")
     return {
         "run": run_message.name,
@@ -146,7 +149,7 @@ def run_facts(connection: Connection, run: str) -> dict[str, Any]:
         "train_tokens": run_message.train_tokens,
         "budget_tokens": run_message.budget_tokens,
         "baseline_of": run_message.baseline_of or None,
-        "trained_share": sum(t["step"] for t in tasks) / total if total else 0.0,
+        "trained_share": trained / total if total else 0.0,
         "done_tasks": sum(t["state"] == "DONE" for t in tasks),
         "workers": sum(t["worker"] is not None for t in tasks),
         "estimated_remaining_seconds": (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from datetime import timedelta
 from typing import Any
@@ -14,7 +15,7 @@ from cbtm_common.files import FileSpec
 from cbtm_common.ids import hash_secret, new_id
 from cbtm_common.protos import duration, from_duration, timestamp
 from cbtm_common.recipe import Recipe
-from cbtm_coordinator.lifecycle import RunState, TaskState
+from cbtm_coordinator.lifecycle import RunState, TaskKind, TaskState
 from cbtm_coordinator.services import convert, paging
 from cbtm_coordinator.services.context import ServiceContext, checked_files
 from cbtm_coordinator.storage import finish_upload, verify
@@ -139,7 +140,7 @@ class AdminServicer(AdminServiceServicer):
                 raise InvalidState(f"run {parent.name} is a baseline itself, or has not started yet")
             name = request.name or f"{parent.name}-dense"
             _check_name(name)
-            recipe = Recipe.from_json(parent.recipe_json)
+            recipe, steps = _baseline_recipe(parent, request)
             run = runs.create(
                 tx,
                 now,
@@ -153,9 +154,6 @@ class AdminServicer(AdminServiceServicer):
             runs.register_clusters(tx, run, [whole])
             runs.set_train_tokens(tx, run.id, parent.train_tokens)
             runs.change_state(tx, now, runs.get(tx, run.id), "register", "")
-            steps = recipe.steps * parent.cluster_count
-            if parent.from_scratch:
-                steps += recipe.seed_steps(parent.cluster_count)
             self._open(tx, runs.get(tx, run.id), 0, steps, parent.model_parameters)
             return ad.CreateBaselineResponse(run=convert.run(runs.get(tx, run.id)))
 
@@ -167,8 +165,8 @@ class AdminServicer(AdminServiceServicer):
         run = runs.get(tx, run.id)
         recipe = Recipe.from_json(run.recipe_json)
         tasks.create_tasks(tx, now, run, seed_steps=seed_steps, expert_steps=expert_steps)
-        steps = seed_steps + expert_steps * run.cluster_count
-        runs.set_budget(tx, run.id, tokens=steps * recipe.global_batch * recipe.sequence_length, parameters=parameters)
+        tokens = seed_steps * recipe.for_seed().step_tokens() + expert_steps * run.cluster_count * recipe.step_tokens()
+        runs.set_budget(tx, run.id, tokens=tokens, parameters=parameters)
         if seed_steps:
             runs.change_state(tx, now, run, "start_seeding", "")
             return
@@ -361,16 +359,36 @@ def _new_cluster(run: RunRecord, message: ad.NewCluster) -> NewCluster:
     )
 
 
+def _baseline_recipe(parent: RunRecord, request: ad.CreateBaselineRequest) -> tuple[Recipe, int]:
+    """(recipe, steps) of a dense run with as many training tokens as `parent`. Raises InvalidArgument."""
+    if request.global_batch < 0:
+        raise InvalidArgument(f"global_batch: {request.global_batch} is not at least 1", field="global_batch")
+    if not 0 <= request.learning_rate < math.inf:
+        raise InvalidArgument(f"learning_rate: {request.learning_rate} is not above 0", field="learning_rate")
+    recipe, steps = Recipe.from_json(parent.recipe_json).dense_beside(
+        parent.cluster_count, from_scratch=parent.from_scratch
+    )
+    if request.learning_rate:
+        optimizer = recipe.optimizer.model_copy(update={"learning_rate": request.learning_rate})
+        recipe = recipe.model_copy(update={"optimizer": optimizer})
+    if request.global_batch:
+        tokens = steps * recipe.step_tokens()
+        recipe = recipe.model_copy(update={"global_batch": request.global_batch})
+        steps = max(1, round(tokens / recipe.step_tokens()))
+    return recipe, steps
+
+
 def _remaining(run: RunRecord, found: list[TaskRecord], live: dict[str, LeaseRecord]) -> timedelta | None:
     """How long the run still takes at the speed of the workers that train now; None while nobody does."""
     recipe = Recipe.from_json(run.recipe_json)
     speed = sum(lease.tokens_per_second for lease in live.values())
     if speed <= 0:
         return None
-    steps = 0
+    tokens = 0
     for task in found:
         if task.state not in (TaskState.DONE, TaskState.FAILED):
             at = max(task.committed_step, live[task.id].step if task.id in live else 0)
-            steps += task.total_steps - at
-    seconds = steps * recipe.global_batch * recipe.sequence_length / speed
+            phase = recipe.for_seed() if task.kind is TaskKind.SEED else recipe
+            tokens += (task.total_steps - at) * phase.step_tokens()
+    seconds = tokens / speed
     return timedelta(seconds=seconds) if 0 <= seconds < _MAX_REMAINING.total_seconds() else None

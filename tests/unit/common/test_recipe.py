@@ -79,6 +79,20 @@ def test_the_seed_phase_takes_its_share_of_all_steps(fraction: float, clusters: 
     assert steps == pytest.approx(fraction * (steps + 10 * clusters))
 
 
+def test_a_seed_phase_with_a_batch_of_its_own_takes_its_share_of_all_tokens() -> None:
+    recipe = Recipe.from_json(
+        """{"sequence_length": 8, "global_batch": 2, "steps": 12, "optimizer": {"learning_rate": 0.1},
+        "seed_phase": {"fraction": 0.75, "global_batch": 6, "learning_rate": 0.3, "warmup_steps": 5}}"""
+    )
+    assert recipe.seed_steps(4) == 48
+    assert (recipe.step_tokens(), recipe.for_seed().step_tokens()) == (16, 48)
+    assert recipe.budget_tokens(4, from_scratch=True) == 48 * 48 + 12 * 4 * 16
+    dense, steps = recipe.dense_beside(4, from_scratch=True)
+    assert steps * dense.step_tokens() == recipe.budget_tokens(4, from_scratch=True)
+    assert (dense.global_batch, dense.optimizer.learning_rate, dense.schedule.warmup_steps) == (6, 0.3, 5)
+    assert recipe.dense_beside(4, from_scratch=False) == (recipe, 48)
+
+
 @pytest.mark.parametrize("text", ["[optimizer]\nlearning_rate = inf", "[optimizer]\ngradient_clip = nan"])
 def test_a_number_that_is_not_finite_is_refused(tmp_path: Path, text: str) -> None:
     with pytest.raises(InvalidArgument, match="optimizer"):
