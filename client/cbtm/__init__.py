@@ -22,11 +22,12 @@ if TYPE_CHECKING:
     from cbtm._config import CbtmConfig
     from cbtm._ensemble import Ensemble
     from cbtm._evaluate import Evaluation, evaluate, evaluate_run
+    from cbtm._held_out import HeldOutDocument
     from cbtm._merge import MergeMethod, merge
     from cbtm._model import CbtmForCausalLM
     from cbtm._parts import ClusterInfo, ExpertChanges
     from cbtm._plots import plot
-    from cbtm._results import ClusterWeight, Generation, HeldOutDocument, PerplexityResult, Routing, Score
+    from cbtm._results import ClusterWeight, Generation, PerplexityResult, Routing, Score
     from cbtm._routing import Policy, RoutingOptions
     from cbtm_common.errors import (
         AlreadyExists,
@@ -56,7 +57,7 @@ _HOME = {
     "Evaluation": "cbtm._evaluate",
     "ExpertChanges": "cbtm._parts",
     "Generation": "cbtm._results",
-    "HeldOutDocument": "cbtm._results",
+    "HeldOutDocument": "cbtm._held_out",
     "IntegrityError": "cbtm_common.errors",
     "InvalidArgument": "cbtm_common.errors",
     "InvalidState": "cbtm_common.errors",

@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
+from cbtm._held_out import HeldOutDocument, HeldOutSplit, in_split
 from cbtm._parts import ClusterInfo, EnsembleParts
 from cbtm._residency import ExpertSource
-from cbtm._results import HeldOutDocument
 from cbtm._routing import single_router
 from cbtm_api.v1 import catalog_service_pb2 as cs
 from cbtm_api.v1 import resources_pb2 as pb
@@ -146,8 +146,11 @@ class Catalog:
             if run.baseline_of == self.run.id and run.state == pb.RUN_STATE_COMPLETE
         ]
 
-    def held_out(self, *, max_tokens_per_cluster: int | None = None) -> list[HeldOutDocument]:
-        """Held-out documents, each cluster's in order of its shards; whole ones, until a cluster's tokens are enough.
+    def held_out(
+        self, *, split: HeldOutSplit = "test", max_tokens_per_cluster: int | None = None
+    ) -> list[HeldOutDocument]:
+        """Held-out documents of a split, each cluster's in order of its shards; whole ones, until a cluster's tokens
+        are enough.
 
         Needs a token of role consumer or admin. Raises PermissionDenied without.
         """
@@ -162,20 +165,19 @@ class Catalog:
         )
         documents: list[HeldOutDocument] = []
         tokens: dict[str, int] = {}
-        for shard in shards:
-            for ids in self._documents(shard):
-                have = tokens.get(shard.cluster_id, 0)
-                if max_tokens_per_cluster is not None and have >= max_tokens_per_cluster:
-                    break
-                tokens[shard.cluster_id] = have + len(ids)
-                documents.append(HeldOutDocument(token_ids=ids, cluster_id=shard.cluster_id))
+        for document in in_split((d for shard in shards for d in self._documents(shard)), split):
+            have = tokens.get(document.cluster_id, 0)
+            if max_tokens_per_cluster is not None and have >= max_tokens_per_cluster:
+                continue
+            tokens[document.cluster_id] = have + len(document.token_ids)
+            documents.append(document)
         return documents
 
-    def _documents(self, shard: pb.Shard) -> Iterator[tuple[int, ...]]:
+    def _documents(self, shard: pb.Shard) -> Iterator[HeldOutDocument]:
         # Named by content: the path in a manifest means nothing outside its set.
         spec = dataclasses.replace(FileSpec.from_proto(shard.file), path=f"{shard.file.sha256}.safetensors")
         for ids in read_shard(self.fetch("held_out", [spec]) / spec.path).documents():
-            yield tuple(ids.tolist())
+            yield HeldOutDocument(token_ids=tuple(ids.tolist()), cluster_id=shard.cluster_id)
 
     def _clusters(self) -> list[pb.Cluster]:
         def page_at(token: str) -> Any:

@@ -50,6 +50,9 @@ def eval_command(
         Path | None, typer.Option(help="Texts to score instead of the run's held-out shards: .jsonl or .txt.")
     ] = None,
     text_field: Annotated[str, typer.Option(help="Field of the JSON lines.")] = "text",
+    split: Annotated[
+        str | None, typer.Option(help="Of the held-out shards: test (default), or validation, to choose by.")
+    ] = None,
     baseline: _Baseline = None,
     coordinator: Coordinator = None,
     run: RunName = None,
@@ -96,6 +99,7 @@ def eval_command(
             found = evaluate_run(
                 coordinator,
                 run=run,
+                split=split or "test",  # type: ignore[arg-type]  # checked there
                 token=token,
                 baseline=None if baseline == "none" else baseline or "auto",
                 cache_dir=cache_dir,
@@ -105,6 +109,8 @@ def eval_command(
                 **options,
             )
         else:
+            if split is not None:
+                raise InvalidArgument("split: it is of a run's held-out shards, not of --texts", field="split")
             documents = list(read_texts(texts, text_field))
             with open_ensemble(folder, coordinator, run, token, cache_dir, top_k=None, **options) as model:
                 if not as_json:
@@ -237,8 +243,9 @@ def _show(found: Evaluation) -> None:
     console.print(experts)
     if found.sweep:
         _show_sweep(found, console)
+    split = f" of split {found.split}" if found.split else ""
     console.print(
-        f"{found.documents:,} documents, {found.tokens:,} tokens; windows of {found.window} by {found.stride}; "
+        f"{found.documents:,} documents{split}, {found.tokens:,} tokens; windows of {found.window} by {found.stride}; "
         f"routing temperature {found.temperature:g}"
     )
     if found.missing_clusters:

@@ -6,7 +6,7 @@ run has one, each expert alone on its own cluster, and the mixtures.
 
 Protocol (`PROTOCOL`): as `Ensemble.perplexity`. Numbers over all clusters weigh each cluster by its tokens among the
 documents given. Nothing is tuned here: the sweep over temperatures shows what a choice is worth; whoever makes one by
-it should report it on other documents.
+it makes it on split "validation", and reports "test".
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,8 +23,9 @@ import numpy.typing as npt
 
 from cbtm._catalog import Catalog
 from cbtm._ensemble import Ensemble
+from cbtm._held_out import HeldOutDocument, HeldOutSplit
 from cbtm._residency import ExpertPool, ExpertSource, check_dtype, load_model
-from cbtm._results import HeldOutDocument, perplexity_of
+from cbtm._results import perplexity_of
 from cbtm._scoring import TokenSequence, model_scores
 from cbtm_common.errors import InvalidArgument
 from cbtm_common.routing import keep_top
@@ -69,7 +70,8 @@ class Evaluation:
     """`perplexity` over all documents by name: "seed", "dense", "expert" (each on its own cluster), "top1", …, "all".
 
     `bits_per_byte` likewise, over `bytes` of text. `expert_share` is each expert's mean weight at the ensemble's own
-    top k and temperature; `top1_share` the share of tokens for which it is the heaviest.
+    top k and temperature; `top1_share` the share of tokens for which it is the heaviest. `split` is of a run's held-out
+    documents; None for documents that were given.
     """
 
     run: str
@@ -86,6 +88,7 @@ class Evaluation:
     top1_share: Mapping[str, float]
     sweep: tuple[SweepPoint, ...]
     missing_clusters: tuple[str, ...]
+    split: HeldOutSplit | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON, with the protocol; NaN and infinity, which JSON lacks, become null."""
@@ -161,6 +164,7 @@ def evaluate_run(
     target: str,
     *,
     run: str,
+    split: HeldOutSplit = "test",
     token: str | None = None,
     baseline: str | Literal["auto"] | None = "auto",
     top_k: Sequence[int] | None = None,
@@ -175,7 +179,9 @@ def evaluate_run(
 ) -> Evaluation:
     """Evaluates a run on the held-out shards that its coordinator keeps; needs a token of role consumer or admin.
 
-    `baseline` names a dense run to set beside it; "auto" takes the run's own where one is complete, None takes none.
+    What is reported is of `split` "test"; whatever is chosen by the numbers, such as a temperature, is chosen on
+    "validation". `baseline` names a dense run to set beside it; "auto" takes the run's own where one is complete, None
+    takes none.
     """
     secret = token or os.environ.get("CBTM_TOKEN") or None
     common: dict[str, Any] = {"token": secret, "device": device, "dtype": dtype, "cache_dir": cache_dir}
@@ -183,16 +189,19 @@ def evaluate_run(
     with Catalog(target, run=run, token=secret, cache_dir=directory) as catalog:
         name = baseline
         if baseline == "auto":
-            found = catalog.baselines()
-            name = found[0].id if found else None
-        documents = catalog.held_out(max_tokens_per_cluster=max_tokens_per_cluster)
+            complete = catalog.baselines()
+            name = complete[0].id if complete else None
+        documents = catalog.held_out(split=split, max_tokens_per_cluster=max_tokens_per_cluster)
     with Ensemble.from_coordinator(
         target, run=run, temperature=temperature, max_experts=max_experts, **common
     ) as model:
+        options: dict[str, Any] = {"top_k": top_k, "temperatures": temperatures, "progress": progress}
         if name is None:
-            return evaluate(model, documents, top_k=top_k, temperatures=temperatures, progress=progress)
-        with Ensemble.from_coordinator(target, run=name, **common) as dense:
-            return evaluate(model, documents, top_k=top_k, temperatures=temperatures, baseline=dense, progress=progress)
+            found = evaluate(model, documents, **options)
+        else:
+            with Ensemble.from_coordinator(target, run=name, **common) as dense:
+                found = evaluate(model, documents, baseline=dense, **options)
+    return replace(found, split=split)
 
 
 class _Scorer:

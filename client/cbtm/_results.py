@@ -79,14 +79,6 @@ class Generation:
         return self.prompt + self.completion
 
 
-@dataclass(frozen=True, kw_only=True)
-class HeldOutDocument:
-    """A document that no expert trained on: its token ids (without end-of-text), and the cluster it belongs to."""
-
-    token_ids: tuple[int, ...]
-    cluster_id: str
-
-
 def perplexity_of(log_likelihood: float, tokens: int) -> float:
     """exp of the mean negative log-likelihood; NaN without tokens, infinite when out of a float's range."""
     if not tokens:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from cbtm._catalog import Catalog
 from tests.support.ensembles import random_texts
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
@@ -172,6 +173,27 @@ def test_an_evaluation_covers_the_held_out_shards_and_the_dense_baseline(run: Tr
     )
     assert [c.documents for c in less.clusters] == [1, 1]
     assert "dense" not in less.perplexity
+
+
+def test_an_evaluation_for_choices_is_of_other_documents_than_a_reported_one(run: TrainedRun) -> None:
+    from cbtm import evaluate_run
+
+    common: dict[str, Any] = {"run": "tiny", "token": run.admin_token, "cache_dir": run.cache, "baseline": None}
+    test = evaluate_run(run.target, **common)
+    validation = evaluate_run(run.target, split="validation", **common)
+    assert (test.split, validation.split) == ("test", "validation")
+    with Catalog(run.target, run="tiny", token=run.admin_token, cache_dir=run.cache) as catalog:
+        shards = catalog.held_out(split="test"), catalog.held_out(split="validation")
+    assert [len(documents) for documents in shards] == [test.documents, validation.documents]
+    assert not set(shards[0]) & set(shards[1])
+    done = call(
+        "cbtm", "eval", "--coordinator", run.target, "--run", "tiny", "--token", run.admin_token,
+        "--split", "validation", "--cache-dir", str(run.cache), "--baseline", "none", "--json",
+    )  # fmt: skip
+    printed = json.loads(done.stdout)
+    assert printed["split"] == "validation"
+    assert printed["perplexity"] == pytest.approx(validation.perplexity, rel=1e-5)
+    assert validation.perplexity["all"] != pytest.approx(test.perplexity["all"], rel=1e-5)
 
 
 def test_the_baseline_opens_as_an_ensemble_of_one(run: TrainedRun) -> None:
