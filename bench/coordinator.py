@@ -37,7 +37,7 @@ from cbtm_common.ids import hash_secret, new_id, new_request_id
 from cbtm_common.recipe import Recipe
 from cbtm_common.rpc import CHANNEL_OPTIONS
 from cbtm_coordinator.storage import LocalStore, UrlSigner
-from cbtm_coordinator.store import Store, experts, identities, runs, tasks
+from cbtm_coordinator.store import Store, accounts, experts, identities, runs, tasks
 from cbtm_coordinator.store.records import NewCluster
 from tests.support.postgres import running_postgres
 
@@ -92,12 +92,14 @@ def fill(store: Store, *, open_tasks: int, name: str) -> str:
 def make_workers(store: Store, count: int) -> list[Simulated]:
     made = []
     with store.writing() as tx:
+        account_id = accounts.named(tx, store.now(), "simulated")
         for number in range(count):
             secret = f"cbtm_worker_{new_id('x')}"
             identities.create_worker(
                 tx,
                 store.now(),
                 worker_id=new_id("worker"),
+                account_id=account_id,
                 name=f"simulated-{number}",
                 credential_hash=hash_secret(secret),
                 token_id=None,

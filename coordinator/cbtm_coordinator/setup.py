@@ -27,7 +27,7 @@ def initialise(config: CoordinatorConfig) -> bool:
     migrations.upgrade(store.engine)
     load_or_create_key(config.data_dir / SIGNING_KEY_NAME)
     made = False
-    for name, role in ((ADMIN_TOKEN_NAME, "ADMIN"), (JOIN_TOKEN_NAME, "WORKER")):
+    for name, role, account in ((ADMIN_TOKEN_NAME, "ADMIN", "owner"), (JOIN_TOKEN_NAME, "WORKER", "volunteers")):
         path = config.data_dir / name
         # A file whose secret the registry never knew: a crash came between the two, or the registry is a new one.
         secret = path.read_text("utf-8").strip() if path.exists() else new_secret(role.lower())
@@ -41,6 +41,7 @@ def initialise(config: CoordinatorConfig) -> bool:
                 role=role,
                 secret_hash=hash_secret(secret),
                 label="made by init",
+                account=account,
             )
             # Inside the transaction: a token without its file would be of no use to anybody.
             write_private(path, secret)

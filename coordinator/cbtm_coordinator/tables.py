@@ -154,10 +154,19 @@ shards = Table(
     CheckConstraint("split IN ('TRAIN', 'HELD_OUT')", name="split"),
 )
 
+accounts = Table(
+    "accounts",
+    metadata,
+    _id(),
+    Column("name", String(200), nullable=False, unique=True),
+    _time("create_time"),
+)
+
 tokens = Table(
     "tokens",
     metadata,
     _id(),
+    Column("account_id", String(64), ForeignKey("accounts.id"), nullable=False),
     Column("role", String(16), nullable=False),
     Column("secret_hash", String(64), nullable=False, unique=True),
     _words("label"),
@@ -178,6 +187,7 @@ workers = Table(
     Column("name", String(200), nullable=False),
     Column("state", String(16), nullable=False),
     Column("credential_hash", String(64), nullable=False, unique=True),
+    Column("account_id", String(64), ForeignKey("accounts.id"), nullable=False, index=True),
     Column("token_id", String(64), ForeignKey("tokens.id"), nullable=True),
     Column("hardware_json", Text, nullable=False),
     Column("version", String(64), nullable=False),

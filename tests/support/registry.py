@@ -12,7 +12,7 @@ from typing import TypeVar
 from cbtm_common.files import FileSpec
 from cbtm_common.ids import new_id
 from cbtm_common.recipe import LeaseRecipe, Recipe
-from cbtm_coordinator.store import Renewal, Store, checkpoints, experts, identities, leases, runs, tasks
+from cbtm_coordinator.store import Renewal, Store, accounts, checkpoints, experts, identities, leases, runs, tasks
 from cbtm_coordinator.store.records import (
     CheckpointRecord,
     LeaseRecord,
@@ -76,13 +76,14 @@ class Registry:
                 runs.change_state(tx, now, run, "start_training", "")
             return runs.get(tx, run.id)
 
-    def worker(self, name: str = "gpu") -> str:
+    def worker(self, name: str = "gpu", *, account: str = "volunteers") -> str:
         worker_id = new_id("worker")
         with self.store.writing() as tx:
             identities.create_worker(
                 tx,
                 self.clock(),
                 worker_id=worker_id,
+                account_id=accounts.named(tx, self.clock(), account),
                 name=name,
                 credential_hash=hashlib.sha256(worker_id.encode()).hexdigest(),
                 token_id=None,

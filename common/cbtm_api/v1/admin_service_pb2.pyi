@@ -731,11 +731,14 @@ class CreateTokenRequest(_message.Message):
     LABEL_FIELD_NUMBER: _builtins.int
     TTL_FIELD_NUMBER: _builtins.int
     MAX_USES_FIELD_NUMBER: _builtins.int
+    ACCOUNT_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     role: _resources_pb2.TokenRole.ValueType
     label: _builtins.str
     max_uses: _builtins.int
     """0: without limit."""
+    account: _builtins.str
+    """Name of the account that joins with it, made when there is none; empty: its label, or one of its own."""
     @_builtins.property
     def ttl(self) -> _duration_pb2.Duration:
         """Unset: does not expire."""
@@ -748,10 +751,11 @@ class CreateTokenRequest(_message.Message):
         label: _builtins.str = ...,
         ttl: _duration_pb2.Duration | None = ...,
         max_uses: _builtins.int = ...,
+        account: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["ttl", b"ttl"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["label", b"label", "max_uses", b"max_uses", "request_id", b"request_id", "role", b"role", "ttl", b"ttl"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["account", b"account", "label", b"label", "max_uses", b"max_uses", "request_id", b"request_id", "role", b"role", "ttl", b"ttl"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -862,6 +862,8 @@ class Worker(_message.Message):
     FINISHED_TASKS_FIELD_NUMBER: _builtins.int
     FAILED_TASKS_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
+    ACCOUNT_ID_FIELD_NUMBER: _builtins.int
+    ACCOUNT_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     name: _builtins.str
     state: Global___WorkerState.ValueType
@@ -870,6 +872,10 @@ class Worker(_message.Message):
     finished_tasks: _builtins.int
     failed_tasks: _builtins.int
     reason: _builtins.str
+    account_id: _builtins.str
+    """Who runs it; one account has as many workers as it likes."""
+    account: _builtins.str
+    """The account's name, where workers are listed."""
     @_builtins.property
     def hardware(self) -> Global___Hardware: ...
     @_builtins.property
@@ -894,10 +900,12 @@ class Worker(_message.Message):
         finished_tasks: _builtins.int = ...,
         failed_tasks: _builtins.int = ...,
         reason: _builtins.str = ...,
+        account_id: _builtins.str = ...,
+        account: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["hardware", b"hardware", "last_seen_time", b"last_seen_time", "lease", b"lease", "register_time", b"register_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["failed_tasks", b"failed_tasks", "finished_tasks", b"finished_tasks", "hardware", b"hardware", "id", b"id", "last_seen_time", b"last_seen_time", "lease", b"lease", "name", b"name", "reason", b"reason", "register_time", b"register_time", "state", b"state", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["account", b"account", "account_id", b"account_id", "failed_tasks", b"failed_tasks", "finished_tasks", b"finished_tasks", "hardware", b"hardware", "id", b"id", "last_seen_time", b"last_seen_time", "lease", b"lease", "name", b"name", "reason", b"reason", "register_time", b"register_time", "state", b"state", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -959,12 +967,18 @@ class Token(_message.Message):
     MAX_USES_FIELD_NUMBER: _builtins.int
     USES_FIELD_NUMBER: _builtins.int
     REVOKED_FIELD_NUMBER: _builtins.int
+    ACCOUNT_ID_FIELD_NUMBER: _builtins.int
+    ACCOUNT_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     role: Global___TokenRole.ValueType
     label: _builtins.str
     max_uses: _builtins.int
     uses: _builtins.int
     revoked: _builtins.bool
+    account_id: _builtins.str
+    """Whose workers those are that join with it."""
+    account: _builtins.str
+    """The account's name, where tokens are listed."""
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp: ...
     @_builtins.property
@@ -980,10 +994,12 @@ class Token(_message.Message):
         max_uses: _builtins.int = ...,
         uses: _builtins.int = ...,
         revoked: _builtins.bool = ...,
+        account_id: _builtins.str = ...,
+        account: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "expire_time", b"expire_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "expire_time", b"expire_time", "id", b"id", "label", b"label", "max_uses", b"max_uses", "revoked", b"revoked", "role", b"role", "uses", b"uses"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["account", b"account", "account_id", b"account_id", "create_time", b"create_time", "expire_time", b"expire_time", "id", b"id", "label", b"label", "max_uses", b"max_uses", "revoked", b"revoked", "role", b"role", "uses", b"uses"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -19,6 +19,9 @@ _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
 def create(
     role: Annotated[str, typer.Option(help="worker (to join), consumer (to read) or admin.")] = "worker",
     label: Annotated[str, typer.Option(help="Whom it is for.")] = "",
+    account: Annotated[
+        str, typer.Option(help="Whose the machines are that join with it (default: the label, or one of its own).")
+    ] = "",
     expires: Annotated[str | None, typer.Option(help="Such as 12h, 7d, 4w (default: never).")] = None,
     uses: Annotated[int, typer.Option(help="How many machines may join with it; 0 for any number.")] = 0,
     coordinator: Coordinator = None,
@@ -38,7 +41,9 @@ def create(
     ttl = None if expires is None else duration(parse_duration(expires))
     with open_connection(coordinator, token, data_dir) as connection:
         made = connection.admin.CreateToken(
-            ad.CreateTokenRequest(request_id=new_request_id(), role=roles[role], label=label, ttl=ttl, max_uses=uses)
+            ad.CreateTokenRequest(
+                request_id=new_request_id(), role=roles[role], label=label, account=account, ttl=ttl, max_uses=uses
+            )
         )
     if as_json:
         show_json({"id": made.token.id, "role": role, "secret": made.secret})
@@ -65,11 +70,11 @@ def list_tokens(
                 ends = (
                     from_timestamp(t.expire_time).isoformat(timespec="minutes") if t.HasField("expire_time") else None
                 )
-                rows.append([t.id, role, t.label, t.uses, t.max_uses or None, ends, t.revoked])
+                rows.append([t.id, role, t.label, t.account, t.uses, t.max_uses or None, ends, t.revoked])
             page = answer.next_page_token
             if not page:
                 break
-    show_table("Tokens", ["ID", "Role", "Label", "Uses", "Of", "Expires", "Revoked"], rows, as_json=as_json)
+    show_table("Tokens", ["ID", "Role", "Label", "Account", "Uses", "Of", "Expires", "Revoked"], rows, as_json=as_json)
 
 
 @app.command()

@@ -38,6 +38,7 @@ def list_workers(
                     [
                         w.id,
                         w.name,
+                        w.account,
                         state,
                         f"{device} ({memory})",
                         task,
@@ -50,7 +51,7 @@ def list_workers(
             page = answer.next_page_token
             if not page:
                 break
-    columns = ["ID", "Name", "State", "Device", "Task", "Done", "Failed", "Seen s ago", "Reason"]
+    columns = ["ID", "Name", "Account", "State", "Device", "Task", "Done", "Failed", "Seen s ago", "Reason"]
     show_table("Workers", columns, rows, as_json=as_json)
 
 

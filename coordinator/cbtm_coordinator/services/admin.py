@@ -19,7 +19,18 @@ from cbtm_coordinator.lifecycle import RunState, TaskKind, TaskState
 from cbtm_coordinator.services import convert, paging
 from cbtm_coordinator.services.context import ServiceContext, checked_files
 from cbtm_coordinator.storage import finish_upload, verify
-from cbtm_coordinator.store import Connection, checkpoints, events, experts, identities, leases, requeue, runs, tasks
+from cbtm_coordinator.store import (
+    Connection,
+    accounts,
+    checkpoints,
+    events,
+    experts,
+    identities,
+    leases,
+    requeue,
+    runs,
+    tasks,
+)
 from cbtm_coordinator.store.records import LeaseRecord, NewCluster, NewShard, RunRecord, TaskRecord
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -255,10 +266,12 @@ class AdminServicer(AdminServiceServicer):
         size = paging.page_size(request.page_size)
         with self._store.reading() as tx:
             found = identities.list_workers(tx, after_id=paging.decode(request.page_token, ""), limit=size)
+            accounts_of = accounts.names(tx, {w.account_id for w in found})
             live = leases.live_leases_of_workers(tx, [w.id for w in found])
         token = paging.encode(found[-1].id) if len(found) == size else ""
         return ad.ListWorkersResponse(
-            workers=[convert.worker(w, live=live.get(w.id)) for w in found], next_page_token=token
+            workers=[convert.worker(w, live=live.get(w.id), account=accounts_of[w.account_id]) for w in found],
+            next_page_token=token,
         )
 
     def RevokeWorker(self, request: ad.RevokeWorkerRequest, context: Any) -> ad.RevokeWorkerResponse:
@@ -278,6 +291,9 @@ class AdminServicer(AdminServiceServicer):
             raise InvalidArgument("max_uses: is negative; 0 is without limit", field="max_uses")
         ttl = from_duration(request.ttl) if request.HasField("ttl") else None
         role = pb.TokenRole.Name(request.role).removeprefix("TOKEN_ROLE_")
+        account = request.account.strip()
+        if len(account) > 200 or not account.isprintable():
+            raise InvalidArgument("account: at most 200 printable characters", field="account")
 
         def answer(tx: Connection) -> ad.CreateTokenResponse:
             now = self._store.now()
@@ -289,6 +305,7 @@ class AdminServicer(AdminServiceServicer):
                 role=role,
                 secret_hash=hash_secret(self._context.secret(role.lower(), token_id)),
                 label=request.label[:200],
+                account=account,
                 expire_time=None if ttl is None else now + ttl,
                 max_uses=request.max_uses,
             )
@@ -302,8 +319,11 @@ class AdminServicer(AdminServiceServicer):
         size = paging.page_size(request.page_size)
         with self._store.reading() as tx:
             found = identities.list_tokens(tx, after_id=paging.decode(request.page_token, ""), limit=size)
+            accounts_of = accounts.names(tx, {t.account_id for t in found})
         token = paging.encode(found[-1].id) if len(found) == size else ""
-        return ad.ListTokensResponse(tokens=[convert.token(t) for t in found], next_page_token=token)
+        return ad.ListTokensResponse(
+            tokens=[convert.token(t, account=accounts_of[t.account_id]) for t in found], next_page_token=token
+        )
 
     def RevokeToken(self, request: ad.RevokeTokenRequest, context: Any) -> ad.RevokeTokenResponse:
         return self._context.once(

@@ -138,7 +138,7 @@ def expert(record: ExpertRecord) -> pb.Expert:
     )
 
 
-def worker(record: WorkerRecord, *, live: LeaseRecord | None = None) -> pb.Worker:
+def worker(record: WorkerRecord, *, live: LeaseRecord | None = None, account: str = "") -> pb.Worker:
     return pb.Worker(
         id=record.id,
         name=record.name,
@@ -151,10 +151,12 @@ def worker(record: WorkerRecord, *, live: LeaseRecord | None = None) -> pb.Worke
         finished_tasks=record.finished_tasks,
         failed_tasks=record.failed_tasks,
         reason=record.reason,
+        account_id=record.account_id,
+        account=account,
     )
 
 
-def token(record: TokenRecord) -> pb.Token:
+def token(record: TokenRecord, *, account: str = "") -> pb.Token:
     return pb.Token(
         id=record.id,
         role=pb.TokenRole.Value(f"TOKEN_ROLE_{record.role}"),
@@ -164,6 +166,8 @@ def token(record: TokenRecord) -> pb.Token:
         max_uses=record.max_uses,
         uses=record.uses,
         revoked=record.revoked,
+        account_id=record.account_id,
+        account=account,
     )
 
 

@@ -54,12 +54,13 @@ class WorkerServicer(WorkerServiceServicer):
 
         def answer(tx: Connection) -> ws.RegisterResponse:
             now = self._store.now()
-            identities.use_token(tx, now, caller.get().id)
+            account_id = identities.use_token(tx, now, caller.get().id)
             worker_id = new_id("worker")
             worker = identities.create_worker(
                 tx,
                 now,
                 worker_id=worker_id,
+                account_id=account_id,
                 name=name,
                 credential_hash=hash_secret(self._context.secret("worker", worker_id)),
                 token_id=caller.get().id,

@@ -14,6 +14,7 @@
                  prune_abandoned, deletable, mark_deleted
     experts      add, seed, current
     requeue      requeue_task
+    accounts     named, names
     identities   tokens (create, find, use, list, revoke) and workers (create, find, seen, list, set_revoked)
     events       append, list_events
 
@@ -31,7 +32,18 @@ from datetime import UTC, datetime
 
 from sqlalchemy import Connection
 
-from cbtm_coordinator.store import checkpoints, events, experts, identities, leases, requests, requeue, runs, tasks
+from cbtm_coordinator.store import (
+    accounts,
+    checkpoints,
+    events,
+    experts,
+    identities,
+    leases,
+    requests,
+    requeue,
+    runs,
+    tasks,
+)
 from cbtm_coordinator.store.database import open_engine, reading, writing
 from cbtm_coordinator.store.grouping import Group
 from cbtm_coordinator.store.renewals import Renewal, Renewed, renew
@@ -41,6 +53,7 @@ __all__ = [
     "Renewal",
     "Renewed",
     "Store",
+    "accounts",
     "checkpoints",
     "events",
     "experts",

@@ -12,7 +12,7 @@ from sqlalchemy import Connection, Row, bindparam, func, insert, or_, select, up
 from cbtm_common.errors import NotFound, Unauthenticated
 from cbtm_coordinator.lifecycle import WorkerState
 from cbtm_coordinator.scheduler import backoff
-from cbtm_coordinator.store import events
+from cbtm_coordinator.store import accounts, events
 from cbtm_coordinator.store.records import TokenRecord, WorkerRecord
 from cbtm_coordinator.tables import leases, tokens, workers
 
@@ -25,12 +25,16 @@ def create_token(
     role: str,
     secret_hash: str,
     label: str = "",
+    account: str = "",
     expire_time: datetime | None = None,
     max_uses: int = 0,
 ) -> TokenRecord:
+    """Who joins with it belongs to the account named, or one named as the label, or one of the token's own."""
+    account_id = accounts.named(tx, now, account or label or token_id)
     tx.execute(
         insert(tokens).values(
             id=token_id,
+            account_id=account_id,
             role=role,
             secret_hash=secret_hash,
             label=label,
@@ -39,7 +43,7 @@ def create_token(
             max_uses=max_uses,
         )
     )
-    events.append(tx, now, "token.created", detail={"token_id": token_id, "role": role, "label": label})
+    events.append(tx, now, "token.created", detail={"token_id": token_id, "role": role, "account_id": account_id})
     return get_token(tx, token_id)
 
 
@@ -67,8 +71,11 @@ def knows_secret(tx: Connection, secret_hash: str) -> bool:
     return tx.execute(select(tokens.c.id).where(tokens.c.secret_hash == secret_hash)).first() is not None
 
 
-def use_token(tx: Connection, now: datetime, token_id: str) -> None:
-    """Counts one use, if one is left: one guarded update, so that a use count is exact among many processes."""
+def use_token(tx: Connection, now: datetime, token_id: str) -> str:
+    """Counts one use, if one is left; the account that it lets in.
+
+    One guarded update, so that a use count is exact among many processes.
+    """
     used = tx.execute(
         update(tokens)
         .where(
@@ -78,9 +85,11 @@ def use_token(tx: Connection, now: datetime, token_id: str) -> None:
             or_(tokens.c.max_uses == 0, tokens.c.uses < tokens.c.max_uses),
         )
         .values(uses=tokens.c.uses + 1)
-    )
-    if used.rowcount != 1:
+        .returning(tokens.c.account_id)
+    ).scalar_one_or_none()
+    if used is None:
         raise Unauthenticated("this join token is used up, expired or revoked; ask the run's owner for a new one")
+    return str(used)
 
 
 def list_tokens(tx: Connection, *, after_id: str = "", limit: int = 100) -> list[TokenRecord]:
@@ -100,6 +109,7 @@ def create_worker(
     now: datetime,
     *,
     worker_id: str,
+    account_id: str,
     name: str,
     credential_hash: str,
     token_id: str | None,
@@ -109,6 +119,7 @@ def create_worker(
     tx.execute(
         insert(workers).values(
             id=worker_id,
+            account_id=account_id,
             name=name,
             state=WorkerState.ACTIVE.value,
             credential_hash=credential_hash,
@@ -119,7 +130,8 @@ def create_worker(
             last_seen_time=now,
         )
     )
-    events.append(tx, now, "worker.registered", worker_id=worker_id, detail={"name": name, "version": version})
+    detail = {"name": name, "version": version, "account_id": account_id}
+    events.append(tx, now, "worker.registered", worker_id=worker_id, detail=detail)
     return get_worker(tx, worker_id)
 
 

@@ -165,6 +165,7 @@ class ExpertRecord(_FromRow):
 @dataclass(frozen=True, kw_only=True)
 class WorkerRecord(_FromRow):
     id: str
+    account_id: str
     name: str
     state: WorkerState
     hardware_json: str
@@ -181,6 +182,7 @@ class WorkerRecord(_FromRow):
 @dataclass(frozen=True, kw_only=True)
 class TokenRecord(_FromRow):
     id: str
+    account_id: str
     role: str
     label: str
     create_time: datetime

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from alembic import command
 from sqlalchemy import delete, insert, select, update
 from sqlalchemy.exc import DBAPIError, StatementError
 
 from cbtm_common.errors import InvalidArgument, Unavailable
 from cbtm_coordinator import migrations
-from cbtm_coordinator.store import Store, runs
+from cbtm_coordinator.store import Store, identities, runs
 from cbtm_coordinator.store.database import open_engine
 from cbtm_coordinator.tables import checkpoints, clusters, experts, leases, tasks, tokens, workers
 from cbtm_coordinator.tables import runs as runs_table
@@ -60,9 +61,8 @@ def test_the_database_refuses(busy: Registry, table: Any, changes: dict[str, Any
 
 
 def test_the_database_refuses_a_token_used_too_often(registry: Registry) -> None:
-    row = {"id": "t", "role": "WORKER", "secret_hash": "h", "create_time": registry.clock(), "max_uses": 1}
-    with registry.store.engine.begin() as tx:
-        tx.execute(insert(tokens).values(row))
+    with registry.store.writing() as tx:
+        identities.create_token(tx, registry.clock(), token_id="t", role="WORKER", secret_hash="h", max_uses=1)
     with pytest.raises(DBAPIError), registry.store.engine.begin() as tx:
         tx.execute(update(tokens).values(uses=2))
 
@@ -81,7 +81,7 @@ def test_a_time_without_a_zone_does_not_enter(registry: Registry) -> None:
 def test_what_failed_midway_is_not_there(registry: Registry) -> None:
     def write_and_fail() -> None:
         with registry.store.writing() as tx:
-            tx.execute(insert(tokens).values(id="t", role="ADMIN", secret_hash="h", create_time=registry.clock()))
+            identities.create_token(tx, registry.clock(), token_id="t", role="ADMIN", secret_hash="h")
             raise RuntimeError("killed")
 
     with pytest.raises(RuntimeError):
@@ -102,6 +102,27 @@ def test_an_upgrade_of_a_database_in_use_keeps_its_rows_and_its_references(busy:
         assert len(runs.list_runs(tx)) == 1
     with pytest.raises(DBAPIError):
         _copy(busy, leases, task_id="none", epoch=99)
+
+
+def test_tokens_and_workers_of_an_older_registry_get_accounts(tmp_path: Path) -> None:
+    engine = open_engine(f"sqlite:///{tmp_path / 'registry.db'}")
+    with engine.begin() as tx:
+        command.upgrade(migrations.config(tx), "0002")
+        tx.exec_driver_sql(
+            "INSERT INTO tokens (id, role, secret_hash, create_time) VALUES ('token_1', 'WORKER', 'h', 0)"
+        )
+        columns = "id, name, state, credential_hash, token_id, hardware_json, version, register_time, last_seen_time"
+        for worker, token in [("worker_1", "'token_1'"), ("worker_2", "'token_1'"), ("worker_3", "NULL")]:
+            values = f"'{worker}', 'gpu', 'ACTIVE', '{worker}', {token}, '{{}}', '0.1.0', 0, 0"
+            tx.exec_driver_sql(f"INSERT INTO workers ({columns}) VALUES ({values})")
+    migrations.upgrade(engine)
+    with engine.begin() as tx:
+        found = dict(
+            tx.exec_driver_sql("SELECT id, account_id FROM workers UNION SELECT id, account_id FROM tokens").all()
+        )
+    engine.dispose()
+    mine = "account_1"
+    assert found == {"token_1": mine, "worker_1": mine, "worker_2": mine, "worker_3": "account_3"}
 
 
 @pytest.mark.parametrize("url", ["mysql://h/d", "sqlite://", "not a url"])

@@ -9,7 +9,7 @@ import pytest
 from cbtm_common.errors import InvalidArgument, NotFound, Unauthenticated
 from cbtm_coordinator.lifecycle import WorkerState
 from cbtm_coordinator.scheduler import backoff
-from cbtm_coordinator.store import events, identities
+from cbtm_coordinator.store import accounts, events, identities
 from cbtm_coordinator.store.records import Progress, TokenRecord
 from tests.support.registry import Registry, all_at_once
 
@@ -67,6 +67,40 @@ def test_a_revoked_token_is_of_no_use_and_stays_in_the_list(registry: Registry) 
     assert not _is_good(registry)
     with pytest.raises(Unauthenticated):
         _use(registry)
+
+
+def test_who_joins_belongs_to_the_account_of_its_token_be_it_one_machine_or_many(registry: Registry) -> None:
+    with registry.store.writing() as tx:
+        made = {
+            token_id: identities.create_token(
+                tx,
+                registry.clock(),
+                token_id=token_id,
+                role="WORKER",
+                secret_hash=token_id * 8,
+                label=label,
+                account=account,
+            ).account_id
+            for token_id, label, account in [
+                ("t1", "ann", ""),
+                ("t2", "spare", "ann"),
+                ("t3", "", ""),
+                ("t4", "", "bob"),
+            ]
+        }
+        assert accounts.names(tx, made.values()) == {made["t1"]: "ann", made["t3"]: "t3", made["t4"]: "bob"}
+        assert made["t1"] == made["t2"] == identities.use_token(tx, registry.clock(), "t2")
+    machines = [registry.worker(account="ann") for _ in range(2)]
+    with registry.store.reading() as tx:
+        assert {identities.get_worker(tx, machine).account_id for machine in machines} == {made["t1"]}
+
+
+def test_accounts_made_at_once_under_one_name_are_one(registry: Registry) -> None:
+    def make(_: int) -> str:
+        with registry.store.writing() as tx:
+            return accounts.named(tx, registry.clock(), "ann")
+
+    assert len(set(all_at_once(8, make))) == 1
 
 
 def test_a_worker_is_last_seen_when_its_lease_was_renewed(registry: Registry) -> None:
