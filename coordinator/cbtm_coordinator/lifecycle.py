@@ -74,6 +74,22 @@ class WorkerState(StrEnum):
 class TaskKind(StrEnum):
     SEED = "SEED"
     EXPERT = "EXPERT"
+    # Scores a submitted model; about one checkpoint of another task (`checks` in the registry).
+    EVALUATE = "EVALUATE"
+    # Trains a committed segment of another task again.
+    AUDIT = "AUDIT"
+
+
+TRAINING = frozenset({TaskKind.SEED, TaskKind.EXPERT})
+CHECKING = frozenset({TaskKind.EVALUATE, TaskKind.AUDIT})
+
+
+class Verification(StrEnum):
+    """Who checks what a run's workers hand in (docs/decisions/0018-verification.md)."""
+
+    OFF = "OFF"
+    PEERS = "PEERS"
+    TRUSTED = "TRUSTED"
 
 
 class Actor(StrEnum):
@@ -110,6 +126,8 @@ TRANSITIONS: Mapping[type[State], Mapping[tuple[State, str], Transition]] = {
         (RunState.FAILED, "requeue_seed"): _to(RunState.SEEDING, _OWNER),
         (RunState.FAILED, "requeue_expert"): _to(RunState.TRAINING, _OWNER),
         (RunState.COMPLETE, "requeue_expert"): _to(RunState.TRAINING, _OWNER),
+        # An expert of it was quarantined.
+        (RunState.COMPLETE, "expert_rejected"): _to(RunState.TRAINING, _COORDINATOR),
     },
     TaskState: {
         (TaskState.BLOCKED, "seed_accepted"): _to(TaskState.PENDING, _COORDINATOR),
@@ -122,8 +140,18 @@ TRANSITIONS: Mapping[type[State], Mapping[tuple[State, str], Transition]] = {
         # A late final checkpoint, from a lease that expired and has no successor.
         (TaskState.PENDING, "submit"): _to(TaskState.SUBMITTED, _WORKER),
         (TaskState.SUBMITTED, "accept"): _to(TaskState.DONE, _COORDINATOR),
+        # Work on it was shown to be false, or its worker is quarantined: what was committed before still counts.
+        (TaskState.LEASED, "reject"): _to(TaskState.PENDING, _COORDINATOR),
+        (TaskState.PENDING, "reject"): _to(TaskState.PENDING, _COORDINATOR),
         (TaskState.SUBMITTED, "reject"): _to(TaskState.PENDING, _COORDINATOR),
+        (TaskState.FAILED, "reject"): _to(TaskState.PENDING, _COORDINATOR),
+        (TaskState.DONE, "reject"): _to(TaskState.PENDING, _COORDINATOR),
+        # A check: its finding is in, or it is not needed any more.
+        (TaskState.LEASED, "report"): _to(TaskState.DONE, _WORKER),
+        (TaskState.PENDING, "drop"): _to(TaskState.FAILED, _COORDINATOR),
+        (TaskState.LEASED, "drop"): _to(TaskState.FAILED, _COORDINATOR),
         (TaskState.PENDING, "requeue"): _to(TaskState.PENDING, _OWNER),
+        (TaskState.SUBMITTED, "requeue"): _to(TaskState.PENDING, _OWNER),
         (TaskState.FAILED, "requeue"): _to(TaskState.PENDING, _OWNER),
         (TaskState.DONE, "requeue"): _to(TaskState.PENDING, _OWNER),
     },
@@ -131,6 +159,8 @@ TRANSITIONS: Mapping[type[State], Mapping[tuple[State, str], Transition]] = {
         (LeaseState.LIVE, "release"): _to(LeaseState.RELEASED, _WORKER),
         (LeaseState.LIVE, "expire"): _to(LeaseState.EXPIRED, _COORDINATOR),
         (LeaseState.LIVE, "revoke"): _to(LeaseState.REVOKED, _OWNER),
+        # What it built on was rejected, or its check is not needed any more.
+        (LeaseState.LIVE, "reject"): _to(LeaseState.REVOKED, _COORDINATOR),
     },
     CheckpointState: {
         (CheckpointState.UPLOADING, "commit"): _to(CheckpointState.COMMITTED, _WORKER),
@@ -138,6 +168,7 @@ TRANSITIONS: Mapping[type[State], Mapping[tuple[State, str], Transition]] = {
         (CheckpointState.UPLOADING, "prune"): _to(CheckpointState.PRUNED, _COORDINATOR),
         (CheckpointState.COMMITTED, "accept"): _to(CheckpointState.ACCEPTED, _COORDINATOR),
         (CheckpointState.COMMITTED, "reject"): _to(CheckpointState.REJECTED, _COORDINATOR),
+        (CheckpointState.ACCEPTED, "reject"): _to(CheckpointState.REJECTED, _COORDINATOR),
         (CheckpointState.COMMITTED, "prune"): _to(CheckpointState.PRUNED, _COORDINATOR),
         (CheckpointState.REJECTED, "prune"): _to(CheckpointState.PRUNED, _COORDINATOR),
         (CheckpointState.ACCEPTED, "prune"): _to(CheckpointState.PRUNED, _COORDINATOR),

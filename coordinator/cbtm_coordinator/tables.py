@@ -3,6 +3,7 @@
 - one LIVE lease a task: partial unique index `uq_leases_live_task`;
 - an epoch is never reused: UNIQUE (task_id, epoch);
 - states are closed sets: CHECK;
+- one training task a cluster: partial unique index `uq_tasks_training`;
 - one expert a cluster and version: UNIQUE;
 - a request is answered once: primary key (request_id, method, principal);
 - events are appended only: no statement in the store updates or deletes them.
@@ -35,7 +36,16 @@ from sqlalchemy import (
 )
 from sqlalchemy.engine import Dialect
 
-from cbtm_coordinator.lifecycle import CheckpointState, LeaseState, RunState, TaskKind, TaskState, WorkerState
+from cbtm_coordinator.lifecycle import (
+    TRAINING,
+    CheckpointState,
+    LeaseState,
+    RunState,
+    TaskKind,
+    TaskState,
+    Verification,
+    WorkerState,
+)
 
 metadata = MetaData(
     naming_convention={
@@ -106,10 +116,12 @@ runs = Table(
     _count("train_tokens"),
     _count("documents"),
     _count("budget_tokens"),
+    Column("verification", String(16), nullable=False, server_default=text("'OFF'")),
     _words("reason"),
     _time("create_time"),
     _time("update_time"),
     _one_of("state", RunState),
+    _one_of("verification", Verification),
     CheckConstraint("cluster_count > 0", name="cluster_count"),
 )
 
@@ -176,6 +188,7 @@ tokens = Table(
     _count("max_uses"),
     _count("uses"),
     Column("revoked", Boolean, nullable=False, server_default=text("false")),
+    Column("trusted", Boolean, nullable=False, server_default=text("false")),
     CheckConstraint("role IN ('WORKER', 'CONSUMER', 'ADMIN')", name="role"),
     CheckConstraint("max_uses = 0 OR uses <= max_uses", name="uses"),
 )
@@ -199,6 +212,11 @@ workers = Table(
     _count("failures"),
     _time("not_before_time", nullable=True),
     _words("reason"),
+    # Its standing (`verification.trust`); with `trusted`, its owner vouches for it.
+    Column("trusted", Boolean, nullable=False, server_default=text("false")),
+    Column("trust", Float, nullable=False, server_default=text("0")),
+    _count("strikes"),
+    _count("verified_tokens"),
     _one_of("state", WorkerState),
 )
 
@@ -208,6 +226,9 @@ tasks = Table(
     _id(),
     _ref("run_id", "runs", nullable=False),
     Column("kind", String(16), nullable=False),
+    # Checks come first: they are short, and work waits for them. Then the seed, for which everything waits.
+    Column("priority", Integer, nullable=False, server_default=text("0")),
+    # Of an EVALUATE: the cluster whose held-out text it scores.
     _ref("cluster_id", "clusters", nullable=True),
     Column("cluster_index", Integer, nullable=False, server_default=text("-1")),
     Column("state", String(16), nullable=False),
@@ -223,12 +244,22 @@ tasks = Table(
     _one_of("kind", TaskKind),
     _one_of("state", TaskState),
     CheckConstraint("committed_step <= total_steps", name="committed_step"),
-    UniqueConstraint("run_id", "kind", "cluster_index"),
 )
+_TRAINS = tasks.c.kind.in_(sorted(TRAINING))
+Index(
+    "uq_tasks_training",
+    tasks.c.run_id,
+    tasks.c.kind,
+    tasks.c.cluster_index,
+    unique=True,
+    sqlite_where=_TRAINS,
+    postgresql_where=_TRAINS,
+)
+Index("ix_tasks_cluster", tasks.c.cluster_id, tasks.c.kind)
 # In the order of work (`store.leases`), so that the best of a hundred thousand open tasks is the first one found.
 Index(
     "ix_tasks_open",
-    tasks.c.kind.desc(),
+    tasks.c.priority.desc(),
     tasks.c.attempts,
     tasks.c.committed_step - tasks.c.total_steps,
     tasks.c.id,
@@ -289,6 +320,37 @@ checkpoints = Table(
 Index("ix_checkpoints_state", checkpoints.c.state, checkpoints.c.objects_deleted)
 Index("ix_checkpoints_lease", checkpoints.c.lease_id)
 
+# What an EVALUATE or AUDIT task is about, and what was reported of it.
+checks = Table(
+    "checks",
+    metadata,
+    _ref("task_id", "tasks", primary_key=True),
+    Column("kind", String(16), nullable=False),
+    # The task whose work it is, and the checkpoint that is checked.
+    _ref("subject_id", "tasks", nullable=False),
+    _ref("checkpoint_id", "checkpoints", nullable=False),
+    # Of an AUDIT: where its segment begins; none: at the model that the task branched from.
+    _ref("base_id", "checkpoints", nullable=True),
+    # Whose work it is: nobody of that account may check it.
+    _ref("worker_id", "workers", nullable=False),
+    Column("account_id", String(64), ForeignKey("accounts.id"), nullable=False),
+    # Draws what is scored.
+    Column("sample_key", String(64), nullable=False),
+    # Files that an auditor wrote, reported before it could read those it was to compare with.
+    _words("digests_json"),
+    # The report, its worker and account, once there is one.
+    _words("report_json"),
+    _ref("reporter_id", "workers", nullable=True),
+    Column("reporter_account_id", String(64), ForeignKey("accounts.id"), nullable=True),
+    # Whether what was reported of this checkpoint, in this way, is decided.
+    Column("settled", Boolean, nullable=False, server_default=text("false")),
+    _time("create_time"),
+    CheckConstraint("kind IN ('EVALUATE', 'AUDIT')", name="kind"),
+)
+Index("ix_checks_subject", checks.c.subject_id)
+Index("ix_checks_checkpoint", checks.c.checkpoint_id)
+Index("ix_checks_base", checks.c.base_id)
+
 experts = Table(
     "experts",
     metadata,
@@ -301,6 +363,8 @@ experts = Table(
     Column("checkpoint_id", String(64), ForeignKey("checkpoints.id", ondelete="CASCADE"), nullable=True),
     Column("files_json", Text, nullable=False),
     _words("metrics_json"),
+    # Made, or made in part, by a worker that is not believed any more: no longer current.
+    Column("quarantined", Boolean, nullable=False, server_default=text("false")),
     _time("create_time"),
     UniqueConstraint("run_id", "cluster_index", "version"),
 )

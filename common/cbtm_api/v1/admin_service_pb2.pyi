@@ -54,12 +54,15 @@ class CreateRunRequest(_message.Message):
     CLUSTER_COUNT_FIELD_NUMBER: _builtins.int
     RECIPE_JSON_FIELD_NUMBER: _builtins.int
     FROM_SCRATCH_FIELD_NUMBER: _builtins.int
+    VERIFICATION_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     name: _builtins.str
     cluster_count: _builtins.int
     recipe_json: _builtins.str
     from_scratch: _builtins.bool
     """The base model is untrained: a SEED task comes first (unless the recipe's seed fraction is 0)."""
+    verification: _resources_pb2.Verification.ValueType
+    """OFF when unset."""
     def __init__(
         self,
         *,
@@ -68,10 +71,11 @@ class CreateRunRequest(_message.Message):
         cluster_count: _builtins.int = ...,
         recipe_json: _builtins.str = ...,
         from_scratch: _builtins.bool = ...,
+        verification: _resources_pb2.Verification.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cluster_count", b"cluster_count", "from_scratch", b"from_scratch", "name", b"name", "recipe_json", b"recipe_json", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cluster_count", b"cluster_count", "from_scratch", b"from_scratch", "name", b"name", "recipe_json", b"recipe_json", "request_id", b"request_id", "verification", b"verification"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -487,6 +491,51 @@ class DeleteRunResponse(_message.Message):
 Global___DeleteRunResponse: _TypeAlias = DeleteRunResponse  # noqa: Y015
 
 @_typing.final
+class SetVerificationRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    RUN_FIELD_NUMBER: _builtins.int
+    VERIFICATION_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    run: _builtins.str
+    verification: _resources_pb2.Verification.ValueType
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        run: _builtins.str = ...,
+        verification: _resources_pb2.Verification.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["request_id", b"request_id", "run", b"run", "verification", b"verification"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetVerificationRequest: _TypeAlias = SetVerificationRequest  # noqa: Y015
+
+@_typing.final
+class SetVerificationResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def run(self) -> _resources_pb2.Run: ...
+    def __init__(
+        self,
+        *,
+        run: _resources_pb2.Run | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["run", b"run"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["run", b"run"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetVerificationResponse: _TypeAlias = SetVerificationResponse  # noqa: Y015
+
+@_typing.final
 class GetRunStatusRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -684,19 +733,23 @@ class RevokeWorkerRequest(_message.Message):
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     WORKER_ID_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
+    QUARANTINE_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     worker_id: _builtins.str
     reason: _builtins.str
+    quarantine: _builtins.bool
+    """All workers and join tokens of its account too, and what they contributed is undone."""
     def __init__(
         self,
         *,
         request_id: _builtins.str = ...,
         worker_id: _builtins.str = ...,
         reason: _builtins.str = ...,
+        quarantine: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["reason", b"reason", "request_id", b"request_id", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["quarantine", b"quarantine", "reason", b"reason", "request_id", b"request_id", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -707,16 +760,20 @@ class RevokeWorkerResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     WORKER_FIELD_NUMBER: _builtins.int
+    REOPENED_TASKS_FIELD_NUMBER: _builtins.int
+    reopened_tasks: _builtins.int
+    """With `quarantine`: how many tasks are trained anew, from the last checkpoint of somebody else or from the seed."""
     @_builtins.property
     def worker(self) -> _resources_pb2.Worker: ...
     def __init__(
         self,
         *,
         worker: _resources_pb2.Worker | None = ...,
+        reopened_tasks: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["worker", b"worker"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["worker", b"worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["reopened_tasks", b"reopened_tasks", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -732,6 +789,7 @@ class CreateTokenRequest(_message.Message):
     TTL_FIELD_NUMBER: _builtins.int
     MAX_USES_FIELD_NUMBER: _builtins.int
     ACCOUNT_FIELD_NUMBER: _builtins.int
+    TRUSTED_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     role: _resources_pb2.TokenRole.ValueType
     label: _builtins.str
@@ -739,6 +797,8 @@ class CreateTokenRequest(_message.Message):
     """0: without limit."""
     account: _builtins.str
     """Name of the account that joins with it, made when there is none; empty: its label, or one of its own."""
+    trusted: _builtins.bool
+    """Role WORKER: who joins with it is believed."""
     @_builtins.property
     def ttl(self) -> _duration_pb2.Duration:
         """Unset: does not expire."""
@@ -752,10 +812,11 @@ class CreateTokenRequest(_message.Message):
         ttl: _duration_pb2.Duration | None = ...,
         max_uses: _builtins.int = ...,
         account: _builtins.str = ...,
+        trusted: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["ttl", b"ttl"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["account", b"account", "label", b"label", "max_uses", b"max_uses", "request_id", b"request_id", "role", b"role", "ttl", b"ttl"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["account", b"account", "label", b"label", "max_uses", b"max_uses", "request_id", b"request_id", "role", b"role", "trusted", b"trusted", "ttl", b"ttl"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

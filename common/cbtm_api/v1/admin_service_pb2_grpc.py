@@ -74,6 +74,11 @@ class AdminServiceStub:
                 request_serializer=cbtm__api_dot_v1_dot_admin__service__pb2.DeleteRunRequest.SerializeToString,
                 response_deserializer=cbtm__api_dot_v1_dot_admin__service__pb2.DeleteRunResponse.FromString,
                 _registered_method=True)
+        self.SetVerification = channel.unary_unary(
+                '/cbtm_api.v1.AdminService/SetVerification',
+                request_serializer=cbtm__api_dot_v1_dot_admin__service__pb2.SetVerificationRequest.SerializeToString,
+                response_deserializer=cbtm__api_dot_v1_dot_admin__service__pb2.SetVerificationResponse.FromString,
+                _registered_method=True)
         self.GetRunStatus = channel.unary_unary(
                 '/cbtm_api.v1.AdminService/GetRunStatus',
                 request_serializer=cbtm__api_dot_v1_dot_admin__service__pb2.GetRunStatusRequest.SerializeToString,
@@ -173,6 +178,13 @@ class AdminServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SetVerification(self, request, context):
+        """Who checks what the run's workers hand in from now on. OFF accepts what waits.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetRunStatus(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -264,6 +276,11 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     servicer.DeleteRun,
                     request_deserializer=cbtm__api_dot_v1_dot_admin__service__pb2.DeleteRunRequest.FromString,
                     response_serializer=cbtm__api_dot_v1_dot_admin__service__pb2.DeleteRunResponse.SerializeToString,
+            ),
+            'SetVerification': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetVerification,
+                    request_deserializer=cbtm__api_dot_v1_dot_admin__service__pb2.SetVerificationRequest.FromString,
+                    response_serializer=cbtm__api_dot_v1_dot_admin__service__pb2.SetVerificationResponse.SerializeToString,
             ),
             'GetRunStatus': grpc.unary_unary_rpc_method_handler(
                     servicer.GetRunStatus,
@@ -522,6 +539,33 @@ class AdminService:
             '/cbtm_api.v1.AdminService/DeleteRun',
             cbtm__api_dot_v1_dot_admin__service__pb2.DeleteRunRequest.SerializeToString,
             cbtm__api_dot_v1_dot_admin__service__pb2.DeleteRunResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetVerification(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cbtm_api.v1.AdminService/SetVerification',
+            cbtm__api_dot_v1_dot_admin__service__pb2.SetVerificationRequest.SerializeToString,
+            cbtm__api_dot_v1_dot_admin__service__pb2.SetVerificationResponse.FromString,
             options,
             channel_credentials,
             insecure,

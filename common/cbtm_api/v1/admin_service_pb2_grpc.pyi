@@ -45,6 +45,8 @@ class AdminServiceStub:
     ResumeRun: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.ResumeRunRequest, _admin_service_pb2.ResumeRunResponse]
     DeleteRun: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.DeleteRunRequest, _admin_service_pb2.DeleteRunResponse]
     """Forgets the run and deletes its objects."""
+    SetVerification: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.SetVerificationRequest, _admin_service_pb2.SetVerificationResponse]
+    """Who checks what the run's workers hand in from now on. OFF accepts what waits."""
     GetRunStatus: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.GetRunStatusRequest, _admin_service_pb2.GetRunStatusResponse]
     RequeueTask: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.RequeueTaskRequest, _admin_service_pb2.RequeueTaskResponse]
     """Puts a cluster's task (or the seed's) back to PENDING with fresh attempts, from its last good checkpoint."""
@@ -72,6 +74,8 @@ class AdminServiceAsyncStub(AdminServiceStub):
     ResumeRun: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.ResumeRunRequest, _admin_service_pb2.ResumeRunResponse]  # type: ignore[assignment]
     DeleteRun: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.DeleteRunRequest, _admin_service_pb2.DeleteRunResponse]  # type: ignore[assignment]
     """Forgets the run and deletes its objects."""
+    SetVerification: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.SetVerificationRequest, _admin_service_pb2.SetVerificationResponse]  # type: ignore[assignment]
+    """Who checks what the run's workers hand in from now on. OFF accepts what waits."""
     GetRunStatus: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.GetRunStatusRequest, _admin_service_pb2.GetRunStatusResponse]  # type: ignore[assignment]
     RequeueTask: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.RequeueTaskRequest, _admin_service_pb2.RequeueTaskResponse]  # type: ignore[assignment]
     """Puts a cluster's task (or the seed's) back to PENDING with fresh attempts, from its last good checkpoint."""
@@ -144,6 +148,14 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_admin_service_pb2.DeleteRunResponse, _abc.Awaitable[_admin_service_pb2.DeleteRunResponse]]:
         """Forgets the run and deletes its objects."""
+
+    @_abc_1.abstractmethod
+    def SetVerification(
+        self,
+        request: _admin_service_pb2.SetVerificationRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_service_pb2.SetVerificationResponse, _abc.Awaitable[_admin_service_pb2.SetVerificationResponse]]:
+        """Who checks what the run's workers hand in from now on. OFF accepts what waits."""
 
     @_abc_1.abstractmethod
     def GetRunStatus(

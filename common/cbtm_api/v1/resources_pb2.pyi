@@ -70,6 +70,10 @@ class _TaskKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_TaskKind.Val
     """Train the seed model on the whole corpus."""
     TASK_KIND_EXPERT: _TaskKind.ValueType  # 2
     """Train the expert of one cluster."""
+    TASK_KIND_EVALUATE: _TaskKind.ValueType  # 3
+    """Score a submitted model on text that its workers never saw."""
+    TASK_KIND_AUDIT: _TaskKind.ValueType  # 4
+    """Train a committed segment again, and compare."""
 
 class TaskKind(_TaskKind, metaclass=_TaskKindEnumTypeWrapper): ...
 
@@ -78,7 +82,35 @@ TASK_KIND_SEED: TaskKind.ValueType  # 1
 """Train the seed model on the whole corpus."""
 TASK_KIND_EXPERT: TaskKind.ValueType  # 2
 """Train the expert of one cluster."""
+TASK_KIND_EVALUATE: TaskKind.ValueType  # 3
+"""Score a submitted model on text that its workers never saw."""
+TASK_KIND_AUDIT: TaskKind.ValueType  # 4
+"""Train a committed segment again, and compare."""
 Global___TaskKind: _TypeAlias = TaskKind  # noqa: Y015
+
+class _Verification:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _VerificationEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Verification.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    VERIFICATION_UNSPECIFIED: _Verification.ValueType  # 0
+    VERIFICATION_OFF: _Verification.ValueType  # 1
+    VERIFICATION_PEERS: _Verification.ValueType  # 2
+    """Workers of other accounts."""
+    VERIFICATION_TRUSTED: _Verification.ValueType  # 3
+    """Only workers that joined with a trusted token."""
+
+class Verification(_Verification, metaclass=_VerificationEnumTypeWrapper):
+    """Who checks what a run's workers hand in, beyond that it is whole."""
+
+VERIFICATION_UNSPECIFIED: Verification.ValueType  # 0
+VERIFICATION_OFF: Verification.ValueType  # 1
+VERIFICATION_PEERS: Verification.ValueType  # 2
+"""Workers of other accounts."""
+VERIFICATION_TRUSTED: Verification.ValueType  # 3
+"""Only workers that joined with a trusted token."""
+Global___Verification: _TypeAlias = Verification  # noqa: Y015
 
 class _TaskState:
     ValueType = _typing.NewType("ValueType", _builtins.int)
@@ -442,6 +474,7 @@ class Run(_message.Message):
     TRAIN_TOKENS_FIELD_NUMBER: _builtins.int
     DOCUMENTS_FIELD_NUMBER: _builtins.int
     BUDGET_TOKENS_FIELD_NUMBER: _builtins.int
+    VERIFICATION_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     name: _builtins.str
     state: Global___RunState.ValueType
@@ -458,6 +491,7 @@ class Run(_message.Message):
     documents: _builtins.int
     budget_tokens: _builtins.int
     """Tokens that all its tasks train on together, when complete."""
+    verification: Global___Verification.ValueType
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp: ...
     @_builtins.property
@@ -478,10 +512,11 @@ class Run(_message.Message):
         train_tokens: _builtins.int = ...,
         documents: _builtins.int = ...,
         budget_tokens: _builtins.int = ...,
+        verification: Global___Verification.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "update_time", b"update_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["baseline_of", b"baseline_of", "budget_tokens", b"budget_tokens", "cluster_count", b"cluster_count", "create_time", b"create_time", "documents", b"documents", "id", b"id", "name", b"name", "paused", b"paused", "reason", b"reason", "recipe_json", b"recipe_json", "state", b"state", "train_tokens", b"train_tokens", "update_time", b"update_time"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["baseline_of", b"baseline_of", "budget_tokens", b"budget_tokens", "cluster_count", b"cluster_count", "create_time", b"create_time", "documents", b"documents", "id", b"id", "name", b"name", "paused", b"paused", "reason", b"reason", "recipe_json", b"recipe_json", "state", b"state", "train_tokens", b"train_tokens", "update_time", b"update_time", "verification", b"verification"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -864,6 +899,10 @@ class Worker(_message.Message):
     REASON_FIELD_NUMBER: _builtins.int
     ACCOUNT_ID_FIELD_NUMBER: _builtins.int
     ACCOUNT_FIELD_NUMBER: _builtins.int
+    TRUST_FIELD_NUMBER: _builtins.int
+    VERIFIED_TOKENS_FIELD_NUMBER: _builtins.int
+    TRUSTED_FIELD_NUMBER: _builtins.int
+    STRIKES_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     name: _builtins.str
     state: Global___WorkerState.ValueType
@@ -876,6 +915,14 @@ class Worker(_message.Message):
     """Who runs it; one account has as many workers as it likes."""
     account: _builtins.str
     """The account's name, where workers are listed."""
+    trust: _builtins.float
+    """Earned by work that was checked, 0 to 1."""
+    verified_tokens: _builtins.int
+    """Trained tokens that are part of accepted models."""
+    trusted: _builtins.bool
+    """Joined with a trusted token: its word needs no second one, and its work no check."""
+    strikes: _builtins.int
+    """Times that its work was shown to be false."""
     @_builtins.property
     def hardware(self) -> Global___Hardware: ...
     @_builtins.property
@@ -902,10 +949,14 @@ class Worker(_message.Message):
         reason: _builtins.str = ...,
         account_id: _builtins.str = ...,
         account: _builtins.str = ...,
+        trust: _builtins.float = ...,
+        verified_tokens: _builtins.int = ...,
+        trusted: _builtins.bool = ...,
+        strikes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["hardware", b"hardware", "last_seen_time", b"last_seen_time", "lease", b"lease", "register_time", b"register_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["account", b"account", "account_id", b"account_id", "failed_tasks", b"failed_tasks", "finished_tasks", b"finished_tasks", "hardware", b"hardware", "id", b"id", "last_seen_time", b"last_seen_time", "lease", b"lease", "name", b"name", "reason", b"reason", "register_time", b"register_time", "state", b"state", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["account", b"account", "account_id", b"account_id", "failed_tasks", b"failed_tasks", "finished_tasks", b"finished_tasks", "hardware", b"hardware", "id", b"id", "last_seen_time", b"last_seen_time", "lease", b"lease", "name", b"name", "reason", b"reason", "register_time", b"register_time", "state", b"state", "strikes", b"strikes", "trust", b"trust", "trusted", b"trusted", "verified_tokens", b"verified_tokens", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -969,6 +1020,7 @@ class Token(_message.Message):
     REVOKED_FIELD_NUMBER: _builtins.int
     ACCOUNT_ID_FIELD_NUMBER: _builtins.int
     ACCOUNT_FIELD_NUMBER: _builtins.int
+    TRUSTED_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     role: Global___TokenRole.ValueType
     label: _builtins.str
@@ -979,6 +1031,8 @@ class Token(_message.Message):
     """Whose workers those are that join with it."""
     account: _builtins.str
     """The account's name, where tokens are listed."""
+    trusted: _builtins.bool
+    """Workers that join with it are the owner's own, or as good."""
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp: ...
     @_builtins.property
@@ -996,10 +1050,11 @@ class Token(_message.Message):
         revoked: _builtins.bool = ...,
         account_id: _builtins.str = ...,
         account: _builtins.str = ...,
+        trusted: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "expire_time", b"expire_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["account", b"account", "account_id", b"account_id", "create_time", b"create_time", "expire_time", b"expire_time", "id", b"id", "label", b"label", "max_uses", b"max_uses", "revoked", b"revoked", "role", b"role", "uses", b"uses"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["account", b"account", "account_id", b"account_id", "create_time", b"create_time", "expire_time", b"expire_time", "id", b"id", "label", b"label", "max_uses", b"max_uses", "revoked", b"revoked", "role", b"role", "trusted", b"trusted", "uses", b"uses"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -136,21 +136,27 @@ class AcquireLeaseRequest(_message.Message):
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     HARDWARE_FIELD_NUMBER: _builtins.int
     RUN_FIELD_NUMBER: _builtins.int
+    KINDS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     run: _builtins.str
     """Only tasks of this run, when set (id or name)."""
     @_builtins.property
     def hardware(self) -> _resources_pb2.Hardware: ...
+    @_builtins.property
+    def kinds(self) -> _containers.RepeatedScalarFieldContainer[_resources_pb2.TaskKind.ValueType]:
+        """Kinds of tasks that this worker does; SEED and EXPERT when empty, as of a worker that knows no others."""
+
     def __init__(
         self,
         *,
         request_id: _builtins.str = ...,
         hardware: _resources_pb2.Hardware | None = ...,
         run: _builtins.str = ...,
+        kinds: _abc.Iterable[_resources_pb2.TaskKind.ValueType] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["hardware", b"hardware"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["hardware", b"hardware", "request_id", b"request_id", "run", b"run"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["hardware", b"hardware", "kinds", b"kinds", "request_id", b"request_id", "run", b"run"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -208,6 +214,7 @@ class TaskSpec(_message.Message):
     BASE_MODEL_FILES_FIELD_NUMBER: _builtins.int
     TOKENIZER_FILES_FIELD_NUMBER: _builtins.int
     RESUME_FROM_FIELD_NUMBER: _builtins.int
+    CHECK_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def task(self) -> _resources_pb2.Task: ...
     @_builtins.property
@@ -222,7 +229,11 @@ class TaskSpec(_message.Message):
     def tokenizer_files(self) -> _containers.RepeatedCompositeFieldContainer[_resources_pb2.FileSpec]: ...
     @_builtins.property
     def resume_from(self) -> _resources_pb2.Checkpoint:
-        """Last committed checkpoint, unset when none."""
+        """Last committed checkpoint, unset when none. Of an AUDIT: where its segment begins."""
+
+    @_builtins.property
+    def check(self) -> Global___Check:
+        """Of an EVALUATE or AUDIT."""
 
     def __init__(
         self,
@@ -233,14 +244,111 @@ class TaskSpec(_message.Message):
         base_model_files: _abc.Iterable[_resources_pb2.FileSpec] | None = ...,
         tokenizer_files: _abc.Iterable[_resources_pb2.FileSpec] | None = ...,
         resume_from: _resources_pb2.Checkpoint | None = ...,
+        check: Global___Check | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["policy", b"policy", "resume_from", b"resume_from", "run", b"run", "task", b"task"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["check", b"check", "policy", b"policy", "resume_from", b"resume_from", "run", b"run", "task", b"task"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_model_files", b"base_model_files", "policy", b"policy", "resume_from", b"resume_from", "run", b"run", "task", b"task", "tokenizer_files", b"tokenizer_files"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_model_files", b"base_model_files", "check", b"check", "policy", b"policy", "resume_from", b"resume_from", "run", b"run", "task", b"task", "tokenizer_files", b"tokenizer_files"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___TaskSpec: _TypeAlias = TaskSpec  # noqa: Y015
+
+@_typing.final
+class Check(_message.Message):
+    """What is checked."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SUBJECT_FIELD_NUMBER: _builtins.int
+    MODEL_FILES_FIELD_NUMBER: _builtins.int
+    OWN_SHARDS_FIELD_NUMBER: _builtins.int
+    TRAIN_SHARDS_FIELD_NUMBER: _builtins.int
+    CANARY_SHARDS_FIELD_NUMBER: _builtins.int
+    SEQUENCES_FIELD_NUMBER: _builtins.int
+    SAMPLE_KEY_FIELD_NUMBER: _builtins.int
+    END_STEP_FIELD_NUMBER: _builtins.int
+    COMPUTATION_FIELD_NUMBER: _builtins.int
+    sequences: _builtins.int
+    """EVALUATE: sequences of each of the three, drawn by `sample_key`."""
+    sample_key: _builtins.str
+    end_step: _builtins.int
+    """AUDIT: the step at which the segment ends, and how it was computed."""
+    @_builtins.property
+    def subject(self) -> _resources_pb2.Task:
+        """The task whose work it is."""
+
+    @_builtins.property
+    def model_files(self) -> _containers.RepeatedCompositeFieldContainer[_resources_pb2.FileSpec]:
+        """EVALUATE: the submitted model, to be scored beside the base model."""
+
+    @_builtins.property
+    def own_shards(self) -> _containers.RepeatedCompositeFieldContainer[_resources_pb2.Shard]:
+        """EVALUATE: what to score them on: held-out text of the cluster, text that the task trained on, text of others."""
+
+    @_builtins.property
+    def train_shards(self) -> _containers.RepeatedCompositeFieldContainer[_resources_pb2.Shard]: ...
+    @_builtins.property
+    def canary_shards(self) -> _containers.RepeatedCompositeFieldContainer[_resources_pb2.Shard]: ...
+    @_builtins.property
+    def computation(self) -> Global___Computation: ...
+    def __init__(
+        self,
+        *,
+        subject: _resources_pb2.Task | None = ...,
+        model_files: _abc.Iterable[_resources_pb2.FileSpec] | None = ...,
+        own_shards: _abc.Iterable[_resources_pb2.Shard] | None = ...,
+        train_shards: _abc.Iterable[_resources_pb2.Shard] | None = ...,
+        canary_shards: _abc.Iterable[_resources_pb2.Shard] | None = ...,
+        sequences: _builtins.int = ...,
+        sample_key: _builtins.str = ...,
+        end_step: _builtins.int = ...,
+        computation: Global___Computation | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["computation", b"computation", "subject", b"subject"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["canary_shards", b"canary_shards", "computation", b"computation", "end_step", b"end_step", "model_files", b"model_files", "own_shards", b"own_shards", "sample_key", b"sample_key", "sequences", b"sequences", "subject", b"subject", "train_shards", b"train_shards"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Check: _TypeAlias = Check  # noqa: Y015
+
+@_typing.final
+class Computation(_message.Message):
+    """How steps were computed; equal ones give equal bits on a CPU."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DEVICE_TYPE_FIELD_NUMBER: _builtins.int
+    ENVIRONMENT_FIELD_NUMBER: _builtins.int
+    PRECISION_FIELD_NUMBER: _builtins.int
+    MICRO_BATCH_FIELD_NUMBER: _builtins.int
+    THREADS_FIELD_NUMBER: _builtins.int
+    device_type: _builtins.str
+    """"cpu", "cuda", "mps"."""
+    environment: _builtins.str
+    """Device, instruction set, threads, version of torch."""
+    precision: _builtins.str
+    """"fp32", "bf16"."""
+    micro_batch: _builtins.int
+    threads: _builtins.int
+    """Threads of torch on a CPU; 0 elsewhere."""
+    def __init__(
+        self,
+        *,
+        device_type: _builtins.str = ...,
+        environment: _builtins.str = ...,
+        precision: _builtins.str = ...,
+        micro_batch: _builtins.int = ...,
+        threads: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device_type", b"device_type", "environment", b"environment", "micro_batch", b"micro_batch", "precision", b"precision", "threads", b"threads"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Computation: _TypeAlias = Computation  # noqa: Y015
 
 @_typing.final
 class RenewLeaseRequest(_message.Message):
@@ -527,6 +635,162 @@ class CommitCheckpointResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___CommitCheckpointResponse: _TypeAlias = CommitCheckpointResponse  # noqa: Y015
+
+@_typing.final
+class ReportCheckRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    LEASE_ID_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    EVALUATION_FIELD_NUMBER: _builtins.int
+    AUDIT_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    lease_id: _builtins.str
+    epoch: _builtins.int
+    @_builtins.property
+    def evaluation(self) -> Global___EvaluationReport: ...
+    @_builtins.property
+    def audit(self) -> Global___AuditReport: ...
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        lease_id: _builtins.str = ...,
+        epoch: _builtins.int = ...,
+        evaluation: Global___EvaluationReport | None = ...,
+        audit: Global___AuditReport | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["audit", b"audit", "evaluation", b"evaluation", "report", b"report"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["audit", b"audit", "epoch", b"epoch", "evaluation", b"evaluation", "lease_id", b"lease_id", "report", b"report", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_report: _TypeAlias = _typing.Literal["evaluation", "audit"]  # noqa: Y015
+    _WhichOneofArgType_report: _TypeAlias = _typing.Literal["report", b"report"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_report) -> _WhichOneofReturnType_report | None: ...
+
+Global___ReportCheckRequest: _TypeAlias = ReportCheckRequest  # noqa: Y015
+
+@_typing.final
+class EvaluationReport(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OWN_FIELD_NUMBER: _builtins.int
+    TRAIN_FIELD_NUMBER: _builtins.int
+    CANARY_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def own(self) -> Global___Score: ...
+    @_builtins.property
+    def train(self) -> Global___Score: ...
+    @_builtins.property
+    def canary(self) -> Global___Score:
+        """Unset when there is no other cluster."""
+
+    def __init__(
+        self,
+        *,
+        own: Global___Score | None = ...,
+        train: Global___Score | None = ...,
+        canary: Global___Score | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["canary", b"canary", "own", b"own", "train", b"train"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["canary", b"canary", "own", b"own", "train", b"train"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EvaluationReport: _TypeAlias = EvaluationReport  # noqa: Y015
+
+@_typing.final
+class Score(_message.Message):
+    """Means and standard deviations over sequences, in nats a token."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SEQUENCES_FIELD_NUMBER: _builtins.int
+    BASE_LOSS_FIELD_NUMBER: _builtins.int
+    LOSS_FIELD_NUMBER: _builtins.int
+    LOSS_DEVIATION_FIELD_NUMBER: _builtins.int
+    GAIN_DEVIATION_FIELD_NUMBER: _builtins.int
+    sequences: _builtins.int
+    base_loss: _builtins.float
+    loss: _builtins.float
+    loss_deviation: _builtins.float
+    gain_deviation: _builtins.float
+    """Of base_loss - loss."""
+    def __init__(
+        self,
+        *,
+        sequences: _builtins.int = ...,
+        base_loss: _builtins.float = ...,
+        loss: _builtins.float = ...,
+        loss_deviation: _builtins.float = ...,
+        gain_deviation: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_loss", b"base_loss", "gain_deviation", b"gain_deviation", "loss", b"loss", "loss_deviation", b"loss_deviation", "sequences", b"sequences"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Score: _TypeAlias = Score  # noqa: Y015
+
+@_typing.final
+class AuditReport(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FILES_FIELD_NUMBER: _builtins.int
+    COMPUTATION_FIELD_NUMBER: _builtins.int
+    DEVIATION_FIELD_NUMBER: _builtins.int
+    deviation: _builtins.float
+    """|w' - w| / |w - w0| over all weights, once the checkpoint could be compared with."""
+    @_builtins.property
+    def files(self) -> _containers.RepeatedCompositeFieldContainer[_resources_pb2.FileSpec]:
+        """The tensors' files that the replay wrote, as a checkpoint's are named; keys are empty."""
+
+    @_builtins.property
+    def computation(self) -> Global___Computation: ...
+    def __init__(
+        self,
+        *,
+        files: _abc.Iterable[_resources_pb2.FileSpec] | None = ...,
+        computation: Global___Computation | None = ...,
+        deviation: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_deviation", b"_deviation", "computation", b"computation", "deviation", b"deviation"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_deviation", b"_deviation", "computation", b"computation", "deviation", b"deviation", "files", b"files"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__deviation: _TypeAlias = _typing.Literal["deviation"]  # noqa: Y015
+    _WhichOneofArgType__deviation: _TypeAlias = _typing.Literal["_deviation", b"_deviation"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__deviation) -> _WhichOneofReturnType__deviation | None: ...
+
+Global___AuditReport: _TypeAlias = AuditReport  # noqa: Y015
+
+@_typing.final
+class ReportCheckResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TASK_STATE_FIELD_NUMBER: _builtins.int
+    COMPARE_WITH_FIELD_NUMBER: _builtins.int
+    task_state: _resources_pb2.TaskState.ValueType
+    @_builtins.property
+    def compare_with(self) -> _resources_pb2.Checkpoint:
+        """AUDIT whose digests differ: the checkpoint to compare with. Report again, with the deviation."""
+
+    def __init__(
+        self,
+        *,
+        task_state: _resources_pb2.TaskState.ValueType = ...,
+        compare_with: _resources_pb2.Checkpoint | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["compare_with", b"compare_with"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["compare_with", b"compare_with", "task_state", b"task_state"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReportCheckResponse: _TypeAlias = ReportCheckResponse  # noqa: Y015
 
 @_typing.final
 class ReleaseLeaseRequest(_message.Message):

@@ -71,6 +71,11 @@ class WorkerServiceStub:
                 request_serializer=cbtm__api_dot_v1_dot_worker__service__pb2.CommitCheckpointRequest.SerializeToString,
                 response_deserializer=cbtm__api_dot_v1_dot_worker__service__pb2.CommitCheckpointResponse.FromString,
                 _registered_method=True)
+        self.ReportCheck = channel.unary_unary(
+                '/cbtm_api.v1.WorkerService/ReportCheck',
+                request_serializer=cbtm__api_dot_v1_dot_worker__service__pb2.ReportCheckRequest.SerializeToString,
+                response_deserializer=cbtm__api_dot_v1_dot_worker__service__pb2.ReportCheckResponse.FromString,
+                _registered_method=True)
         self.ReleaseLease = channel.unary_unary(
                 '/cbtm_api.v1.WorkerService/ReleaseLease',
                 request_serializer=cbtm__api_dot_v1_dot_worker__service__pb2.ReleaseLeaseRequest.SerializeToString,
@@ -137,6 +142,13 @@ class WorkerServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ReportCheck(self, request, context):
+        """What a worker found that holds an EVALUATE or AUDIT task; the task is done with it, unless it is asked to compare.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ReleaseLease(self, request, context):
         """Gives a task back, finished or not.
         """
@@ -188,6 +200,11 @@ def add_WorkerServiceServicer_to_server(servicer, server):
                     servicer.CommitCheckpoint,
                     request_deserializer=cbtm__api_dot_v1_dot_worker__service__pb2.CommitCheckpointRequest.FromString,
                     response_serializer=cbtm__api_dot_v1_dot_worker__service__pb2.CommitCheckpointResponse.SerializeToString,
+            ),
+            'ReportCheck': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReportCheck,
+                    request_deserializer=cbtm__api_dot_v1_dot_worker__service__pb2.ReportCheckRequest.FromString,
+                    response_serializer=cbtm__api_dot_v1_dot_worker__service__pb2.ReportCheckResponse.SerializeToString,
             ),
             'ReleaseLease': grpc.unary_unary_rpc_method_handler(
                     servicer.ReleaseLease,
@@ -391,6 +408,33 @@ class WorkerService:
             '/cbtm_api.v1.WorkerService/CommitCheckpoint',
             cbtm__api_dot_v1_dot_worker__service__pb2.CommitCheckpointRequest.SerializeToString,
             cbtm__api_dot_v1_dot_worker__service__pb2.CommitCheckpointResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReportCheck(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cbtm_api.v1.WorkerService/ReportCheck',
+            cbtm__api_dot_v1_dot_worker__service__pb2.ReportCheckRequest.SerializeToString,
+            cbtm__api_dot_v1_dot_worker__service__pb2.ReportCheckResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -49,6 +49,8 @@ class WorkerServiceStub:
     """Opens (or finds again) a checkpoint and signs what is still to be sent."""
     CommitCheckpoint: _grpc.UnaryUnaryMultiCallable[_worker_service_pb2.CommitCheckpointRequest, _worker_service_pb2.CommitCheckpointResponse]
     """Asks the coordinator to check what landed and make the checkpoint visible."""
+    ReportCheck: _grpc.UnaryUnaryMultiCallable[_worker_service_pb2.ReportCheckRequest, _worker_service_pb2.ReportCheckResponse]
+    """What a worker found that holds an EVALUATE or AUDIT task; the task is done with it, unless it is asked to compare."""
     ReleaseLease: _grpc.UnaryUnaryMultiCallable[_worker_service_pb2.ReleaseLeaseRequest, _worker_service_pb2.ReleaseLeaseResponse]
     """Gives a task back, finished or not."""
     Probe: _grpc.UnaryUnaryMultiCallable[_worker_service_pb2.ProbeRequest, _worker_service_pb2.ProbeResponse]
@@ -75,6 +77,8 @@ class WorkerServiceAsyncStub(WorkerServiceStub):
     """Opens (or finds again) a checkpoint and signs what is still to be sent."""
     CommitCheckpoint: _aio.UnaryUnaryMultiCallable[_worker_service_pb2.CommitCheckpointRequest, _worker_service_pb2.CommitCheckpointResponse]  # type: ignore[assignment]
     """Asks the coordinator to check what landed and make the checkpoint visible."""
+    ReportCheck: _aio.UnaryUnaryMultiCallable[_worker_service_pb2.ReportCheckRequest, _worker_service_pb2.ReportCheckResponse]  # type: ignore[assignment]
+    """What a worker found that holds an EVALUATE or AUDIT task; the task is done with it, unless it is asked to compare."""
     ReleaseLease: _aio.UnaryUnaryMultiCallable[_worker_service_pb2.ReleaseLeaseRequest, _worker_service_pb2.ReleaseLeaseResponse]  # type: ignore[assignment]
     """Gives a task back, finished or not."""
     Probe: _aio.UnaryUnaryMultiCallable[_worker_service_pb2.ProbeRequest, _worker_service_pb2.ProbeResponse]  # type: ignore[assignment]
@@ -140,6 +144,14 @@ class WorkerServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_worker_service_pb2.CommitCheckpointResponse, _abc.Awaitable[_worker_service_pb2.CommitCheckpointResponse]]:
         """Asks the coordinator to check what landed and make the checkpoint visible."""
+
+    @_abc_1.abstractmethod
+    def ReportCheck(
+        self,
+        request: _worker_service_pb2.ReportCheckRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_worker_service_pb2.ReportCheckResponse, _abc.Awaitable[_worker_service_pb2.ReportCheckResponse]]:
+        """What a worker found that holds an EVALUATE or AUDIT task; the task is done with it, unless it is asked to compare."""
 
     @_abc_1.abstractmethod
     def ReleaseLease(

@@ -15,7 +15,7 @@ from cbtm_common.files import FileSpec
 from cbtm_common.ids import hash_secret, new_id
 from cbtm_common.protos import duration, from_duration, timestamp
 from cbtm_common.recipe import Recipe
-from cbtm_coordinator.lifecycle import RunState, TaskKind, TaskState
+from cbtm_coordinator.lifecycle import RunState, TaskKind, TaskState, Verification
 from cbtm_coordinator.services import convert, paging
 from cbtm_coordinator.services.context import ServiceContext, checked_files
 from cbtm_coordinator.storage import finish_upload, verify
@@ -71,6 +71,7 @@ class AdminServicer(AdminServiceServicer):
                 cluster_count=request.cluster_count,
                 recipe=recipe,
                 from_scratch=request.from_scratch,
+                verification=_verification(request.verification) or Verification.OFF,
             )
             return ad.CreateRunResponse(run=convert.run(run))
 
@@ -160,6 +161,7 @@ class AdminServicer(AdminServiceServicer):
                 recipe=recipe,
                 from_scratch=parent.from_scratch,
                 baseline_of=parent.id,
+                verification=parent.verification,
             )
             whole = NewCluster(cluster_index=0, documents=parent.documents, top_terms=[], examples=[], shards=[])
             runs.register_clusters(tx, run, [whole])
@@ -223,6 +225,17 @@ class AdminServicer(AdminServiceServicer):
         for found in listed:
             objects.delete(found.key)
         return response
+
+    def SetVerification(self, request: ad.SetVerificationRequest, context: Any) -> ad.SetVerificationResponse:
+        verification = _verification(request.verification)
+        if verification is None:
+            raise InvalidArgument("verification: is not set; off, peers or trusted", field="verification")
+
+        def answer(tx: Connection) -> ad.SetVerificationResponse:
+            run = runs.set_verification(tx, self._store.now(), runs.get(tx, request.run, lock=True), verification)
+            return ad.SetVerificationResponse(run=convert.run(run))
+
+        return self._context.once(request, ad.SetVerificationResponse, answer)
 
     def GetRunStatus(self, request: ad.GetRunStatusRequest, context: Any) -> ad.GetRunStatusResponse:
         with self._store.reading() as tx:
@@ -353,6 +366,12 @@ def _check_name(name: str) -> None:
             f"name: {name!r} must be 1 to 100 letters, digits, '.', '_' or '-', and begin with a letter or digit",
             field="name",
         )
+
+
+def _verification(value: pb.Verification.ValueType) -> Verification | None:
+    if value == pb.VERIFICATION_UNSPECIFIED:
+        return None
+    return Verification(pb.Verification.Name(value).removeprefix("VERIFICATION_"))
 
 
 def _new_cluster(run: RunRecord, message: ad.NewCluster) -> NewCluster:

@@ -35,6 +35,7 @@ def run(record: RunRecord) -> pb.Run:
         train_tokens=record.train_tokens,
         documents=record.documents,
         budget_tokens=record.budget_tokens,
+        verification=pb.Verification.Value(f"VERIFICATION_{record.verification}"),
     )
 
 
@@ -153,6 +154,10 @@ def worker(record: WorkerRecord, *, live: LeaseRecord | None = None, account: st
         reason=record.reason,
         account_id=record.account_id,
         account=account,
+        trust=record.trust,
+        verified_tokens=record.verified_tokens,
+        trusted=record.trusted,
+        strikes=record.strikes,
     )
 
 
@@ -168,6 +173,7 @@ def token(record: TokenRecord, *, account: str = "") -> pb.Token:
         revoked=record.revoked,
         account_id=record.account_id,
         account=account,
+        trusted=record.trusted,
     )
 
 

@@ -18,7 +18,7 @@ from cbtm_common.files import FileSpec
 from cbtm_common.ids import hash_secret, new_id
 from cbtm_common.protos import duration, from_struct, timestamp
 from cbtm_common.recipe import Recipe
-from cbtm_coordinator.lifecycle import CheckpointState, RunState, TaskKind
+from cbtm_coordinator.lifecycle import CHECKING, CheckpointState, RunState, TaskKind
 from cbtm_coordinator.scheduler import Measured, Pace, poll_after
 from cbtm_coordinator.services import convert, paging
 from cbtm_coordinator.services.auth import caller, check_active
@@ -294,6 +294,15 @@ class WorkerServicer(WorkerServiceServicer):
                 worker_id=worker_id,
                 reason=error.message,
             )
+
+    def ReportCheck(self, request: ws.ReportCheckRequest, context: Any) -> ws.ReportCheckResponse:
+        def answer(tx: Connection) -> ws.ReportCheckResponse:
+            _, task = self._held(tx, request.lease_id, request.epoch)
+            if task.kind not in CHECKING:
+                raise InvalidState(f"task {task.id} is {task.kind}: it is trained, there is nothing to report")
+            return ws.ReportCheckResponse(task_state=convert.task_state(task))
+
+        return self._context.once(request, ws.ReportCheckResponse, answer)
 
     def ReleaseLease(self, request: ws.ReleaseLeaseRequest, context: Any) -> ws.ReleaseLeaseResponse:
         reason = request.release_reason

@@ -24,11 +24,10 @@ from cbtm_coordinator.store.tasks import WORKING, get_task, reopen
 from cbtm_coordinator.tables import UtcDateTime, leases, tasks, unfit
 from cbtm_coordinator.tables import runs as runs_table
 
-# The order of work: a seed first, for everything waits for it (and SEED sorts after EXPERT), then the fewest failures,
-# then the most steps left to do: the longest task first keeps the last worker of a run from being left alone with it.
-# `ix_tasks_open` has the same order.
+# The order of work: by priority (`store.tasks`), then the fewest failures, then the most steps left to do: the longest
+# task first keeps the last worker of a run from being left alone with it. `ix_tasks_open` has the same order.
 _OPEN = tasks.alias("open")
-_ORDER = (_OPEN.c.kind.desc(), _OPEN.c.attempts, _OPEN.c.committed_step - _OPEN.c.total_steps, _OPEN.c.id)
+_ORDER = (_OPEN.c.priority.desc(), _OPEN.c.attempts, _OPEN.c.committed_step - _OPEN.c.total_steps, _OPEN.c.id)
 
 
 class Claim(NamedTuple):

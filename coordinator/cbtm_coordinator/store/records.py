@@ -13,10 +13,20 @@ from typing import Any, Self
 from sqlalchemy import Label, Row, Table
 
 from cbtm_common.files import FileSpec
-from cbtm_coordinator.lifecycle import CheckpointState, LeaseState, RunState, TaskKind, TaskState, WorkerState
+from cbtm_coordinator.lifecycle import (
+    CheckpointState,
+    LeaseState,
+    RunState,
+    TaskKind,
+    TaskState,
+    Verification,
+    WorkerState,
+)
 from cbtm_coordinator.scheduler import Measured
 
-_ENUMS = {e.__name__: e for e in (RunState, TaskState, TaskKind, LeaseState, CheckpointState, WorkerState)}
+_ENUMS = {
+    e.__name__: e for e in (RunState, TaskState, TaskKind, LeaseState, CheckpointState, WorkerState, Verification)
+}
 
 
 class _FromRow:
@@ -53,6 +63,7 @@ class RunRecord(_FromRow):
     train_tokens: int
     documents: int
     budget_tokens: int
+    verification: Verification
     reason: str
     create_time: datetime
     update_time: datetime
@@ -177,6 +188,29 @@ class WorkerRecord(_FromRow):
     failures: int
     not_before_time: datetime | None
     reason: str
+    trusted: bool
+    trust: float
+    strikes: int
+    verified_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckRecord(_FromRow):
+    """What an EVALUATE or AUDIT task is about; `report_json` is empty until it was reported."""
+
+    task_id: str
+    kind: TaskKind
+    subject_id: str
+    checkpoint_id: str
+    base_id: str | None
+    worker_id: str
+    account_id: str
+    sample_key: str
+    digests_json: str
+    report_json: str
+    reporter_id: str | None
+    reporter_account_id: str | None
+    settled: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,6 +224,7 @@ class TokenRecord(_FromRow):
     max_uses: int
     uses: int
     revoked: bool
+    trusted: bool
 
 
 @dataclass(frozen=True, kw_only=True)

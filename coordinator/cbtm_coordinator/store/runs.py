@@ -13,7 +13,7 @@ from cbtm_common.errors import AlreadyExists, InvalidArgument, InvalidState, Not
 from cbtm_common.files import FileSpec
 from cbtm_common.ids import cluster_id, new_id
 from cbtm_common.recipe import Recipe
-from cbtm_coordinator.lifecycle import RunState, transition
+from cbtm_coordinator.lifecycle import RunState, Verification, transition
 from cbtm_coordinator.store import events
 from cbtm_coordinator.store.records import ClusterRecord, NewCluster, NewShard, RunFile, RunRecord, ShardRecord
 from cbtm_coordinator.tables import clusters, run_files, runs, shards
@@ -30,6 +30,7 @@ def create(
     recipe: Recipe,
     from_scratch: bool,
     baseline_of: str | None = None,
+    verification: Verification = Verification.OFF,
 ) -> RunRecord:
     """A new run in DRAFT. Raises AlreadyExists when the name is taken."""
     run_id = new_id("run")
@@ -45,6 +46,7 @@ def create(
                 recipe_json=recipe.to_json(),
                 from_scratch=from_scratch,
                 baseline_of=baseline_of,
+                verification=verification.value,
                 create_time=now,
                 update_time=now,
             )
@@ -101,6 +103,12 @@ def set_paused(tx: Connection, now: datetime, run: RunRecord, paused: bool) -> R
     if run.paused != paused:
         tx.execute(update(runs).where(runs.c.id == run.id).values(paused=paused, update_time=now))
         events.append(tx, now, "run.paused" if paused else "run.resumed", run_id=run.id)
+    return get(tx, run.id)
+
+
+def set_verification(tx: Connection, now: datetime, run: RunRecord, verification: Verification) -> RunRecord:
+    tx.execute(update(runs).where(runs.c.id == run.id).values(verification=verification.value, update_time=now))
+    events.append(tx, now, "run.verification", run_id=run.id, detail={"verification": verification.value})
     return get(tx, run.id)
 
 

@@ -14,7 +14,7 @@ from sqlalchemy import Connection, bindparam, exists, func, insert, or_, select,
 from cbtm_common.errors import NotFound
 from cbtm_common.ids import new_id
 from cbtm_common.recipe import Recipe
-from cbtm_coordinator.lifecycle import RunState, TaskKind, TaskState, sources
+from cbtm_coordinator.lifecycle import TRAINING, RunState, TaskKind, TaskState, sources
 from cbtm_coordinator.scheduler import backoff
 from cbtm_coordinator.store import events, runs
 from cbtm_coordinator.store.records import RunRecord, TaskRecord
@@ -23,6 +23,8 @@ from cbtm_coordinator.tables import tasks, unfit
 
 # One failed task does not idle the volunteers of a run: the others go on, and the failed one waits for its owner.
 WORKING = (RunState.SEEDING.value, RunState.TRAINING.value, RunState.FAILED.value)
+# Checks first, for they are short and finished work waits for them; then a seed, for which everything waits.
+PRIORITY = {TaskKind.EXPERT: 0, TaskKind.SEED: 1, TaskKind.EVALUATE: 2, TaskKind.AUDIT: 2}
 
 
 def create_tasks(tx: Connection, now: datetime, run: RunRecord, *, seed_steps: int, expert_steps: int) -> None:
@@ -58,6 +60,7 @@ def _new_task(
         "id": new_id("task"),
         "run_id": run.id,
         "kind": kind.value,
+        "priority": PRIORITY[kind],
         "cluster_id": cluster_id,
         "cluster_index": cluster_index,
         "state": state.value,
@@ -82,15 +85,19 @@ def get_task(tx: Connection, task_id: str, *, lock: bool = False) -> TaskRecord:
 
 
 def list_tasks(tx: Connection, run_id: str) -> list[TaskRecord]:
-    """The seed first, then by cluster index."""
-    query = select(tasks).where(tasks.c.run_id == run_id).order_by(tasks.c.cluster_index)
+    """Those that train: the seed first, then by cluster index."""
+    query = (
+        select(tasks)
+        .where(tasks.c.run_id == run_id, tasks.c.kind.in_(sorted(TRAINING)))
+        .order_by(tasks.c.cluster_index)
+    )
     return [TaskRecord.of(row) for row in tx.execute(query)]
 
 
 def task_of(tx: Connection, run: RunRecord, cluster_index: int) -> TaskRecord:
-    row = tx.execute(
-        select(tasks).where(tasks.c.run_id == run.id, tasks.c.cluster_index == cluster_index)
-    ).one_or_none()
+    """The task that trains a cluster's expert, or the seed (-1)."""
+    where = tasks.c.run_id == run.id, tasks.c.cluster_index == cluster_index, tasks.c.kind.in_(sorted(TRAINING))
+    row = tx.execute(select(tasks).where(*where)).one_or_none()
     if row is None:
         what = "no seed task" if cluster_index < 0 else f"no cluster {cluster_index}"
         raise NotFound(f"run {run.name} has {what}; `cbtm-coord status {run.name}` shows its tasks")

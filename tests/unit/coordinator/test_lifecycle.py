@@ -30,8 +30,8 @@ _EDGES: list[tuple[State, set[State]]] = [
     (RunState.FAILED, {RunState.SEEDING, RunState.TRAINING}),
     (RunState.COMPLETE, {RunState.TRAINING}),
     (TaskState.BLOCKED, {TaskState.PENDING}),
-    (TaskState.PENDING, {TaskState.LEASED, TaskState.SUBMITTED, TaskState.PENDING}),
-    (TaskState.LEASED, {TaskState.PENDING, TaskState.FAILED, TaskState.SUBMITTED}),
+    (TaskState.PENDING, {TaskState.LEASED, TaskState.SUBMITTED, TaskState.PENDING, TaskState.FAILED}),
+    (TaskState.LEASED, {TaskState.PENDING, TaskState.FAILED, TaskState.SUBMITTED, TaskState.DONE}),
     (TaskState.SUBMITTED, {TaskState.DONE, TaskState.PENDING}),
     (TaskState.DONE, {TaskState.PENDING}),
     (TaskState.FAILED, {TaskState.PENDING}),
@@ -41,7 +41,7 @@ _EDGES: list[tuple[State, set[State]]] = [
     (LeaseState.REVOKED, set()),
     (CheckpointState.UPLOADING, {CheckpointState.COMMITTED, CheckpointState.REJECTED, CheckpointState.PRUNED}),
     (CheckpointState.COMMITTED, {CheckpointState.ACCEPTED, CheckpointState.REJECTED, CheckpointState.PRUNED}),
-    (CheckpointState.ACCEPTED, {CheckpointState.PRUNED}),
+    (CheckpointState.ACCEPTED, {CheckpointState.REJECTED, CheckpointState.PRUNED}),
     (CheckpointState.REJECTED, {CheckpointState.PRUNED}),
     (CheckpointState.PRUNED, set()),
 ]
@@ -97,6 +97,7 @@ def test_workers_cause_only_what_concerns_their_own_lease() -> None:
         (TaskState.LEASED, "release"),
         (TaskState.LEASED, "submit"),
         (TaskState.PENDING, "submit"),
+        (TaskState.LEASED, "report"),
         (LeaseState.LIVE, "release"),
         (CheckpointState.UPLOADING, "commit"),
     }
@@ -104,5 +105,5 @@ def test_workers_cause_only_what_concerns_their_own_lease() -> None:
 
 def test_sources_are_the_states_that_a_guarded_update_compares_with() -> None:
     assert sources(TaskState, "acquire") == ["PENDING"]
-    assert set(sources(TaskState, "requeue")) == {"PENDING", "FAILED", "DONE"}
+    assert set(sources(TaskState, "requeue")) == {"PENDING", "SUBMITTED", "FAILED", "DONE"}
     assert sources(LeaseState, "acquire") == []
