@@ -31,12 +31,14 @@ def train(job: TrainJob, *, until: int | None = None) -> Snapshot:
         return trainer.snapshot()
 
 
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("precision", list(Precision))
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
 def test_resumed_weights_and_optimizer_are_those_of_an_undisturbed_run(
-    tmp_path: Path, architecture: Architecture, precision: Precision
+    tmp_path: Path, architecture: Architecture, precision: Precision, compiled: bool
 ) -> None:
     job = job_on_cuda(tmp_path, architecture=architecture, precision=precision)
+    job = dataclasses.replace(job, compile=compiled)
     undisturbed = train(job)
     write_checkpoint(train(job, until=3), tmp_path / "c", final=False)
     resumed = train(dataclasses.replace(job, resume_dir=tmp_path / "c"))
@@ -63,6 +65,18 @@ def test_bf16_is_used_where_the_device_has_it_and_weights_stay_float32(tmp_path:
         assert trainer.precision == expected
         trainer.train_step()
         assert {w.dtype for w in trainer.snapshot().weights.values() if w.is_floating_point()} == {torch.float32}
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_step_queues_its_work_and_never_waits_for_the_device(tmp_path: Path, compiled: bool) -> None:
+    with Trainer(dataclasses.replace(job_on_cuda(tmp_path, precision=Precision.BF16), compile=compiled)) as trainer:
+        trainer.train_step()
+        trainer.train_step()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            trainer.train_step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.fixture

@@ -50,7 +50,9 @@ def join(
     until_idle: Annotated[bool, typer.Option("--until-idle", help="Leave when no work is left.")] = False,
     micro_batch: Annotated[int | None, typer.Option(help="Sequences in one pass at most.", min=1)] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads of torch.", min=1)] = None,
-    compile_model: Annotated[bool, typer.Option("--compile", help="torch.compile the model (CUDA).")] = False,
+    compile_model: Annotated[
+        bool | None, typer.Option("--compile/--no-compile", help="torch.compile the model.", show_default="on CUDA")
+    ] = None,
     max_cache_gib: Annotated[
         float | None,
         typer.Option("--max-cache-gib", help="Room for downloaded files.", min=0, show_default="the disk's"),

@@ -33,7 +33,8 @@ class WorkerConfig:
     until_idle: bool = False
     # Sequences in one forward pass at most; found by itself when None.
     micro_batch: int | None = None
-    compile: bool = False
+    # torch.compile the model; None: on CUDA.
+    compile: bool | None = None
     # Threads of torch on the CPU; torch's default when None.
     threads: int | None = None
     # Files kept in the cache, in bytes; None: without limit.

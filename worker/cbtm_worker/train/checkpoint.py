@@ -60,6 +60,8 @@ class CheckpointState:
     precision: str
     micro_batch: int
     gradient_checkpointing: bool
+    # Checkpoints of earlier releases, which do not say it, were not.
+    compiled: bool = False
     format: str = FORMAT
 
 
@@ -133,7 +135,7 @@ def read_state(directory: Path) -> CheckpointState:
         if data["format"] != FORMAT:
             raise IntegrityError(f"{path}: format is {data['format']!r}, not {FORMAT!r}")
         # A later version may say more.
-        state = CheckpointState(**{name: data[name] for name in CheckpointState.__dataclass_fields__})
+        state = CheckpointState(**{k: v for k, v in data.items() if k in CheckpointState.__dataclass_fields__})
         if not 0 <= state.step <= state.total_steps:
             raise IntegrityError(f"{path}: step {state.step} of {state.total_steps}")
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -41,8 +41,8 @@ class TrainJob:
     # Recompute activations in the backward pass: less memory, about a third more time. Turned on when even a
     # micro-batch of 1 does not fit.
     gradient_checkpointing: bool = False
-    # torch.compile the model; CUDA only.
-    compile: bool = False
+    # torch.compile the model. None: on CUDA, and as the checkpoint was computed where a resume keeps its bits.
+    compile: bool | None = None
 
 
 class StepResult:

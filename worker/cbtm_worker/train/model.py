@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.utils import logging as transformers_logging
 
 from cbtm_common.errors import IntegrityError, InvalidArgument
@@ -35,8 +36,20 @@ _DROPOUT_FIELDS = (
 )
 
 
-def load_model(directory: Path, *, dropout: float | None) -> tuple[PreTrainedModel, PreTrainedModel]:
-    """(the model on the CPU in float32, in training mode; its skeleton).
+# transformers' "sdpa", for inputs that need no mask but the causal one. Under that name each pass builds a mask: that
+# costs a wait for the device, and once the model is compiled, flash attention, which takes none.
+_CAUSAL = "cbtm_causal"
+# Architectures whose attention is causal and nothing more, as long as their config sets no window.
+_CAUSAL_ARCHITECTURES = frozenset(
+    "cohere gemma gpt2 gpt_neox granite llama mistral mixtral olmo olmo2 opt phi phi3 qwen2 qwen3 smollm3"
+    " starcoder2".split()
+)
+
+
+def load_model(
+    directory: Path, *, dropout: float | None, sequence_length: int
+) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """(the model on the CPU in float32, in training mode; its skeleton). It is for full sequences of `sequence_length`.
 
     The skeleton has no weights (meta device) and the config as it was, without the recipe's dropout; it is what a
     checkpoint is written with. Raises InvalidArgument for a directory that is no such model or needs code of its own,
@@ -48,7 +61,7 @@ def load_model(directory: Path, *, dropout: float | None) -> tuple[PreTrainedMod
     original = copy.deepcopy(config)
     if dropout is not None:
         set_dropout(config, dropout)
-    model = _load(directory, config)
+    model = _load(directory, config, "sdpa" if attends_in_windows(config, sequence_length) else _causal_attention())
     with torch.device("meta"):
         skeleton = type(model)(original)
     skeleton.generation_config = copy.deepcopy(model.generation_config)
@@ -68,7 +81,24 @@ def _read_config(directory: Path) -> PreTrainedConfig:
     return config
 
 
-def _load(directory: Path, config: PreTrainedConfig) -> PreTrainedModel:
+def attends_in_windows(config: PreTrainedConfig, sequence_length: int) -> bool:
+    """Whether attention within a sequence may be anything but causal; also for an architecture that is not known."""
+    text = config.get_text_config()
+    windows = [getattr(text, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    layers = getattr(text, "layer_types", None) or ["full_attention"]
+    return (
+        text.model_type not in _CAUSAL_ARCHITECTURES
+        or any(window is not None and window < sequence_length for window in windows)
+        or any(layer != "full_attention" for layer in layers)
+    )
+
+
+def _causal_attention() -> str:
+    AttentionInterface.register(_CAUSAL, sdpa_attention_forward)
+    return _CAUSAL
+
+
+def _load(directory: Path, config: PreTrainedConfig, attention: str) -> PreTrainedModel:
     from safetensors import SafetensorError
 
     options: dict[str, Any] = {
@@ -83,7 +113,7 @@ def _load(directory: Path, config: PreTrainedConfig) -> PreTrainedModel:
     load: Any = AutoModelForCausalLM.from_pretrained
     try:
         try:
-            model, info = load(directory, attn_implementation="sdpa", **options)
+            model, info = load(directory, attn_implementation=attention, **options)
         except ValueError as error:
             # transformers refuses, by a ValueError that names it, where an architecture has no such attention.
             if "scaled_dot_product_attention" not in str(error):

@@ -12,7 +12,6 @@ last, so that the device always has work queued. Not covered: several devices, a
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 import time
@@ -21,7 +20,6 @@ from pathlib import Path
 from types import TracebackType
 
 import torch
-from torch.nn.functional import cross_entropy
 
 from cbtm_common import faults
 from cbtm_common.errors import IntegrityError, InvalidArgument, InvalidState
@@ -41,6 +39,7 @@ from cbtm_worker.train.checkpoint import (
 from cbtm_worker.train.data import Batches, ShardSet
 from cbtm_worker.train.errors import Diverged, OutOfDeviceMemory
 from cbtm_worker.train.job import StepResult, TrainJob
+from cbtm_worker.train.loss import Loss
 from cbtm_worker.train.model import context_length, lacks_determinism, load_model, make_deterministic, vocabulary_size
 from cbtm_worker.train.optimizer import load_optimizer, make_optimizer, optimizer_tensors
 from cbtm_worker.train.order import draw_seed
@@ -78,7 +77,7 @@ class Trainer:
         self._pending: list[_Values] = []
 
         source = job.model_dir if job.resume_dir is None else job.resume_dir / MODEL
-        model, self._skeleton = load_model(source, dropout=recipe.dropout)
+        model, self._skeleton = load_model(source, dropout=recipe.dropout, sequence_length=recipe.sequence_length)
         limit = context_length(model.config)
         if limit is not None and recipe.sequence_length > limit:
             raise InvalidArgument(
@@ -98,8 +97,7 @@ class Trainer:
         self._placement = self._first_placement(resumed)
         if self._placement.gradient_checkpointing:
             self._checkpoint_activations()
-        compiled = job.compile and self._device.type == "cuda"
-        self._forward: Callable[..., object] = torch.compile(self._model) if compiled else self._model
+        self._loss_sum = Loss(self._model, device=self._device, half=self._half, compiled=self._first_compiled(resumed))
         self._batches = Batches(
             shards,
             global_batch=recipe.global_batch,
@@ -182,6 +180,7 @@ class Trainer:
             precision=self.precision,
             micro_batch=self._placement.micro_batch,
             gradient_checkpointing=self._placement.gradient_checkpointing,
+            compiled=self._loss_sum.is_compiled,
         )
         return Snapshot(
             state=state,
@@ -209,22 +208,21 @@ class Trainer:
 
         Weights and optimizer state are untouched either way.
         """
-        out_of_memory = True
+        out_of_memory = False
         try:
             return self._gradient(batch_BS)
         except torch.OutOfMemoryError:
             # Leaving this block drops the traceback, and with it the activations that its frames hold.
-            pass
+            out_of_memory = True
         except RuntimeError as error:
-            if not lacks_determinism(error):
+            if lacks_determinism(error):
+                _log.warning("this model's steps will not repeat to the bit on %s: %s", self._job.device, error)
+                make_deterministic(self._device, strict=False)
+            elif not self._loss_sum.give_up_compiling(error):
                 raise
-            _log.warning("this model's steps will not repeat to the bit on %s: %s", self._job.device, error)
-            out_of_memory = False
         self._optimizer.zero_grad(set_to_none=True)
         if out_of_memory:
             self._shrink()
-        else:
-            make_deterministic(self._device, strict=False)
         return None
 
     def _shrink(self) -> None:
@@ -264,14 +262,8 @@ class Trainer:
 
     def _micro_step(self, micro_bS: torch.Tensor) -> torch.Tensor:
         """Adds the micro-batch's share of the gradient; returns its share of the loss."""
-        autocast = torch.autocast(self._device.type, dtype=torch.bfloat16) if self._half else contextlib.nullcontext()
-        with autocast:
-            logits_bLV: torch.Tensor = self._forward(input_ids=micro_bS[:, :-1], use_cache=False).logits  # type: ignore[attr-defined]
-            # The sum over tokens divided by the global batch's tokens: shares add up to its mean.
-            share = cross_entropy(logits_bLV.flatten(0, 1).float(), micro_bS[:, 1:].flatten(), reduction="sum").div(
-                self._tokens
-            )
-        del logits_bLV
+        # The sum over tokens divided by the global batch's tokens: shares add up to its mean.
+        share = self._loss_sum(micro_bS).div(self._tokens)
         share.backward()  # type: ignore[no-untyped-call]
         return share.detach()
 
@@ -288,6 +280,14 @@ class Trainer:
             self._loss = loss
 
     # -------------------------------------------------------------------------------------------- placement
+
+    def _first_compiled(self, resumed: CheckpointState | None) -> bool:
+        if self._job.compile is not None:
+            return self._job.compile
+        if resumed is not None and resumed.device == self._device_name:
+            # As it was computed, for the same bits.
+            return resumed.compiled
+        return self._device.type == "cuda"
 
     def _first_placement(self, resumed: CheckpointState | None) -> memory.Placement:
         job, batch = self._job, self._job.recipe.global_batch
