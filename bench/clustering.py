@@ -32,6 +32,7 @@ from bench.report import Report
 from cbtm_common.ids import cluster_id
 from cbtm_common.routing import Router
 from cbtm_coordinator.clustering.corpus import ReadReport, open_corpus
+from cbtm_coordinator.clustering.engine import Local
 from cbtm_coordinator.clustering.fit import fit
 from cbtm_coordinator.clustering.kmeans import balanced_kmeans
 from cbtm_coordinator.clustering.pool import cores, in_order
@@ -61,15 +62,15 @@ def timed(call: Callable[[], T]) -> tuple[float, T]:
     return time.perf_counter() - started, result
 
 
-def processes_for(texts: Sequence[str]) -> int:
+def engine_for(texts: Sequence[str]) -> Local:
     """As `run create` has it: starting others takes longer than a small corpus."""
-    return cores() if sum(map(len, texts)) >= MANY_CHARACTERS else 1
+    return Local(cores() if sum(map(len, texts)) >= MANY_CHARACTERS else 1)
 
 
 def assign(router: Router, texts: Sequence[str]) -> Any:
     """The cluster of each text [N], in the pieces of the product's pass over the corpus."""
     pieces = (texts[start : start + 256] for start in range(0, len(texts), 256))
-    return np.concatenate(list(in_order(router.assign, pieces, processes=processes_for(texts))))
+    return np.concatenate(list(in_order(router.assign, pieces, processes=engine_for(texts).processes)))
 
 
 def compare_pipelines(report: Report, texts: Sequence[str]) -> Any:
@@ -78,8 +79,8 @@ def compare_pipelines(report: Report, texts: Sequence[str]) -> Any:
     from bench import authors_clustering as authors
 
     ids = [cluster_id("run", index) for index in range(CLUSTERS)]
-    processes = processes_for(texts)
-    fit_ours, fitted = timed(lambda: fit(texts, ids, seed=SEED, temperature=0.1, processes=processes))
+    engine = engine_for(texts)
+    fit_ours, fitted = timed(lambda: fit(texts, ids, seed=SEED, temperature=0.1, engine=engine))
     assign_ours, ours = timed(lambda: assign(fitted.router, texts))
     fit_theirs, model = timed(lambda: authors.fit(texts, CLUSTERS, seed=SEED))
     assign_theirs, theirs = timed(lambda: model.assign(texts))
@@ -147,16 +148,16 @@ def write_noisy(texts: Sequence[str], path: Path, size: int) -> None:
 
 def pipeline(corpus: Path, work: Path) -> None:
     """Everything from a corpus to shards, in this process and its workers; prints what it took as JSON."""
-    processes = cores()
+    engine = Local(cores())
     opened = open_corpus([str(corpus)])
     started = time.perf_counter()
     read = ReadReport()
     sample = reservoir(opened.documents(read), size=SAMPLE, seed=SEED)
     tokenizer = train_tokenizer(sample[:500], work / "tokenizer", vocab_size=4096, context=1024)
     ids = [cluster_id("run", index) for index in range(CLUSTERS)]
-    router = fit(sample, ids, seed=SEED, temperature=0.1, processes=processes).router
+    router = fit(sample, ids, seed=SEED, temperature=0.1, engine=engine).router
     files = [partial(opened.documents, ReadReport())]
-    shard_corpus(files, router, tokenizer, work / "shards", held_out_fraction=0.02, processes=processes)
+    shard_corpus(files, router, tokenizer, work / "shards", held_out_fraction=0.02, engine=engine)
     print(json.dumps({"documents": read.documents, "seconds": time.perf_counter() - started}))
 
 

@@ -29,7 +29,8 @@ from cbtm_common.ids import cluster_id, new_request_id
 from cbtm_common.recipe import Recipe, RouterKind
 from cbtm_common.rpc import Connection
 from cbtm_coordinator.clustering import seed_model, tokenizer
-from cbtm_coordinator.clustering.corpus import Corpus, CorpusFile, Document, ReadReport, open_corpus
+from cbtm_coordinator.clustering.corpus import Corpus, Document, ReadReport, open_corpus
+from cbtm_coordinator.clustering.engine import Engine, EngineName, open_engine
 from cbtm_coordinator.clustering.fit import FitResult, fit
 from cbtm_coordinator.clustering.learn import LearnResult, learn_router
 from cbtm_coordinator.clustering.pool import cores
@@ -75,6 +76,7 @@ class CreateRunOptions:
     sample_documents: int = 50_000
     work_dir: Path | None = None
     resume_dir: Path | None = None
+    engine: EngineName = EngineName.LOCAL
 
 
 def create_run(connection: Connection, options: CreateRunOptions, console: Console) -> dict[str, Any]:
@@ -84,9 +86,15 @@ def create_run(connection: Connection, options: CreateRunOptions, console: Conso
     corpus = open_corpus(options.corpus, text_field=options.text_field, id_field=options.id_field)
     if freed := remove_abandoned(options.work_dir):
         console.print(f"{human_bytes(freed)} that a killed `run create` had left are removed")
-    with work_dir(options.work_dir) as work, progress_bars(console) as bars:
+    # Starting processes takes longer than a small corpus.
+    processes = cores() if corpus.total_bytes >= _MANY_BYTES else 1
+    with (
+        work_dir(options.work_dir) as work,
+        open_engine(options.engine, processes=processes) as engine,
+        progress_bars(console) as bars,
+    ):
         bars.console.print(f"{len(corpus.files)} file(s), {human_bytes(corpus.total_bytes)}")
-        maker = _Maker(connection, options, corpus, work, bars)
+        maker = _Maker(connection, options, corpus, work, engine, bars)
         maker.check_config()
         request = ad.CreateRunRequest(
             request_id=new_request_id(),
@@ -161,7 +169,13 @@ class _Maker:
     """The steps of making one run, sharing its files and progress bars."""
 
     def __init__(
-        self, connection: Connection, options: CreateRunOptions, corpus: Corpus, work: Path, bars: Progress
+        self,
+        connection: Connection,
+        options: CreateRunOptions,
+        corpus: Corpus,
+        work: Path,
+        engine: Engine,
+        bars: Progress,
     ) -> None:
         self._connection = connection
         self._options = options
@@ -172,8 +186,7 @@ class _Maker:
         self._bars = bars
         self._read = ReadReport()
         self._sample: list[str] = []
-        # Starting others takes longer than a small corpus.
-        self._processes = cores() if corpus.total_bytes >= _MANY_BYTES else 1
+        self._engine = engine
         self._base: seed_model.BaseModel | None = None
         self._tokens: Any = None
 
@@ -278,7 +291,7 @@ class _Maker:
             self._sample,
             [cluster_id(run_id, index) for index in range(self._options.clusters)],
             seed=self._recipe.seed,
-            processes=self._processes,
+            engine=self._engine,
             report=report,
         )
         self._bars.update(bar, description="clustering", total=1, completed=1)
@@ -296,13 +309,13 @@ class _Maker:
         bar = self._bars.add_task("assigning and tokenizing", total=self._read.documents)
         try:
             return shard_corpus(
-                [partial(self._read_again, file) for file in self._corpus.files],
+                [partial(_read_again, replace(self._corpus, files=(file,))) for file in self._corpus.files],
                 fitted.router,
                 tokens,
                 self._shards,
                 held_out_fraction=self._recipe.held_out_fraction,
                 inputs=repr(self._corpus),
-                processes=self._processes,
+                engine=self._engine,
                 on_documents=lambda count: self._bars.advance(bar, count),
             )
         except OSError as error:
@@ -312,12 +325,6 @@ class _Maker:
                     "command again"
                 ) from error
             raise
-
-    def _read_again(self, file: CorpusFile) -> Iterator[Document]:
-        """Ends with an error, before the next file is begun, when this one is not what it was in the first pass."""
-        report = ReadReport()
-        yield from replace(self._corpus, files=(file,)).documents(report)
-        report.check_whole()
 
     def _check_shards(self, shards: Sequence[ShardFile], stats: Sequence[ClusterStats]) -> None:
         need = self._recipe.sequence_length + 1
@@ -365,6 +372,13 @@ class _Maker:
             for index, s in enumerate(stats)
         ]
         register_clusters(self._connection, run_id, clusters)
+
+
+def _read_again(corpus: Corpus) -> Iterator[Document]:
+    """One file's. Ends with an error, before the next is begun, when it is not what it was in the first pass."""
+    report = ReadReport()
+    yield from corpus.documents(report)
+    report.check_whole()
 
 
 def _limited(texts: Sequence[str]) -> Iterator[str]:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from cbtm_common.errors import ResourceExhausted
+from cbtm_coordinator.clustering.engine import Local
 from cbtm_coordinator.clustering.fit import fit
 from cbtm_coordinator.clustering.pool import in_order
 
@@ -54,7 +55,7 @@ def test_a_worker_that_is_killed_is_reported() -> None:
 
 def test_a_fit_is_the_same_on_several_processes() -> None:
     texts = [f"ship sea{i % 9} mast{i % 5} {'wreck sail' if i % 2 else 'loop pointer'}" for i in range(1200)]
-    one, two = (fit(texts, ["a", "b", "c"], seed=0, temperature=0.1, processes=n).router for n in (1, 2))
+    one, two = (fit(texts, ["a", "b", "c"], seed=0, temperature=0.1, engine=Local(n)).router for n in (1, 2))
     assert one.embedding.terms == two.embedding.terms
     np.testing.assert_array_equal(one.embedding.projection, two.embedding.projection)
     np.testing.assert_array_equal(one.centroids, two.centroids)

@@ -34,6 +34,7 @@ from tokenizers import Tokenizer
 from cbtm_common.routing import load_router
 from cbtm_coordinator.clustering import sharding
 from cbtm_coordinator.clustering.corpus import ReadReport, open_corpus
+from cbtm_coordinator.clustering.engine import Local
 
 class Plain:
     eos_token_id = 0
@@ -47,7 +48,7 @@ def main(folder, output, processes):
     files = [partial(open_corpus([str(p)]).documents, ReadReport()) for p in sorted(Path(folder, "corpus").iterdir())]
     sharding.shard_corpus(
         files, load_router(Path(folder, "router")), Plain(str(Path(folder, "tokenizer", "tokenizer.json"))),
-        Path(output), held_out_fraction=0.1, processes=int(processes),
+        Path(output), held_out_fraction=0.1, engine=Local(int(processes)),
     )
 
 if __name__ == "__main__":

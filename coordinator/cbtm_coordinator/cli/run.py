@@ -11,6 +11,7 @@ from cbtm_common.errors import InvalidArgument
 from cbtm_common.signals import ending_signals
 from cbtm_coordinator.cli.options import AdminToken, Coordinator, DataDir, Json, Yes, open_connection
 from cbtm_coordinator.cli.status import show_runs
+from cbtm_coordinator.clustering.engine import EngineName
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -38,6 +39,9 @@ def create(
     resume_dir: Annotated[
         Path | None, typer.Option(help="Folder to keep shards in until the run is made: once killed, it goes on there.")
     ] = None,
+    engine: Annotated[
+        EngineName, typer.Option(help="Where text is worked on: this machine's cores, or a Ray cluster.")
+    ] = EngineName.LOCAL,
     coordinator: Coordinator = None,
     token: AdminToken = None,
     data_dir: DataDir = None,
@@ -69,6 +73,7 @@ def create(
         sample_documents=sample,
         work_dir=work_dir,
         resume_dir=resume_dir,
+        engine=engine,
     )
     _interrupt_when_told_to_end()
     with open_connection(coordinator, token, data_dir) as connection:

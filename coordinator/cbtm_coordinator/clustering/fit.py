@@ -17,6 +17,7 @@ from threadpoolctl import threadpool_limits
 
 from cbtm_common.errors import InvalidArgument
 from cbtm_common.routing import CentroidRouter, TermEmbedding
+from cbtm_coordinator.clustering.engine import ONE_PROCESS, Engine
 from cbtm_coordinator.clustering.kmeans import balanced_kmeans
 from cbtm_coordinator.clustering.svd import truncated_svd
 from cbtm_coordinator.clustering.tfidf import tfidf
@@ -47,16 +48,16 @@ def fit(
     *,
     seed: int,
     temperature: float = 0.1,
-    processes: int = 1,
+    engine: Engine = ONE_PROCESS,
     report: Callable[[str, float], None] = lambda *_: None,
 ) -> FitResult:
     """A router for `cluster_ids` fitted on `texts`. Raises InvalidArgument for fewer texts than clusters.
 
-    `report` hears of what is being done and the share of it that is. The result depends neither on `processes` nor on
+    `report` hears of what is being done and the share of it that is. The result depends neither on the engine nor on
     how many cores there are: BLAS, whose sums would, computes on one, which costs little beside the rest.
     """
     with threadpool_limits(1, user_api="blas"):
-        return _fit(texts, cluster_ids, seed=seed, temperature=temperature, processes=processes, report=report)
+        return _fit(texts, cluster_ids, seed=seed, temperature=temperature, engine=engine, report=report)
 
 
 def _fit(
@@ -65,7 +66,7 @@ def _fit(
     *,
     seed: int,
     temperature: float,
-    processes: int,
+    engine: Engine,
     report: Callable[[str, float], None],
 ) -> FitResult:
     clusters = len(cluster_ids)
@@ -75,9 +76,7 @@ def _fit(
         return _trivial(cluster_ids[0], temperature)
     least = 2 if len(texts) >= _MANY_TEXTS else 1
     on_texts = _share_of(len(texts), report)
-    counted = tfidf(
-        texts, min_documents=least, sublinear=True, idf_power=_IDF_POWER, processes=processes, on_texts=on_texts
-    )
+    counted = tfidf(texts, min_documents=least, sublinear=True, idf_power=_IDF_POWER, engine=engine, on_texts=on_texts)
     dimensions = min(DIMENSIONS, len(counted.terms) - 1, len(texts) - 1)
     if dimensions < 1:
         raise InvalidArgument("corpus: too few different words to cluster by", field="corpus")

@@ -61,6 +61,12 @@ def in_order(function: Callable[[T], R], pieces: Iterable[T], *, processes: int)
             executor.shutdown(wait=False, cancel_futures=True)
 
 
+def use_one_core() -> None:
+    """In a process of many: tokenizer and BLAS would otherwise start a thread for every core in each."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    threadpool_limits(1, user_api="blas")
+
+
 _function: Callable[[Any], Any]
 
 
@@ -70,9 +76,7 @@ def _begin(function: Callable[[Any], Any]) -> None:
     _function = function
     # Ctrl-C is the parent's to answer, which ends its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # One core each: tokenizer and BLAS would otherwise start a thread for every core in every process.
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    threadpool_limits(1, user_api="blas")
+    use_one_core()
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

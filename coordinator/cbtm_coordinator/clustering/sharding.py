@@ -1,10 +1,10 @@
 """The second pass: every document to its nearest cluster, held out or not by a hash of its id, tokenized, packed.
 
-Batches of documents go to all cores and come back in order, so the shards are the same bytes whatever the number of
-processes. Token ids wait in spool files, one for each cluster and split, and are cut into shards at document
-boundaries. Memory holds a few batches for each process and one write buffer, whatever the corpus and K. Disk holds the
-corpus as token ids once, and one cluster of it twice. A pass that was killed goes on where it was: finished files are
-not opened again, and of the one it was in at most the last batches are done again.
+Batches of documents go to an engine and come back in order, so the shards are the same bytes whatever the engine. Token
+ids wait in spool files, one for each cluster and split, and are cut into shards at document boundaries. Memory holds a
+few batches for each process and one write buffer, whatever the corpus and K. Disk holds the corpus as token ids once,
+and one cluster of it twice. A pass that was killed goes on where it was: finished files are not opened again, and of
+the one it was in at most the last batches are done again.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -26,7 +27,7 @@ from cbtm_common.routing import Router
 from cbtm_common.routing.router import JSON_NAME
 from cbtm_common.shards import MAX_PAYLOAD_BYTES, token_dtype, write_shard
 from cbtm_coordinator.clustering.corpus import Document
-from cbtm_coordinator.clustering.pool import in_order
+from cbtm_coordinator.clustering.engine import ONE_PROCESS, Engine
 from cbtm_coordinator.clustering.progress import ClusterStats, Position, Progress, ShardFile
 from cbtm_coordinator.clustering.spool import Key, Spools
 
@@ -36,6 +37,8 @@ _BATCH_DOCUMENTS = 256
 _BATCH_CHARACTERS = 4_000_000
 # The pass records how far it is after so many characters.
 _RECORD_CHARACTERS = 16_000_000
+# An engine may read so many parts of a corpus at once; of many small files, each has several.
+_MOST_SPANS = 1024
 _EXAMPLES = 5
 _EXAMPLE_CHARACTERS = 400
 _LENGTHS_AT_A_TIME = 1 << 16
@@ -52,7 +55,7 @@ def shard_corpus(
     *,
     held_out_fraction: float,
     inputs: str = "",
-    processes: int = 1,
+    engine: Engine = ONE_PROCESS,
     on_documents: Callable[[int], None] = lambda _: None,
 ) -> tuple[list[ShardFile], list[ClusterStats]]:
     """Writes all shards into `output`, a folder for them alone; their list, and statistics by cluster index.
@@ -73,7 +76,7 @@ def shard_corpus(
     sharder = _Sharder(router, encoder, held_out_fraction, eos, token_dtype(vocab_size))
     stats = list(at.stats)
     since = 0
-    for batch in in_order(sharder, _batches(files, at.file, at.document), processes=processes):
+    for batch in engine.map(sharder, _spans(len(files), at.file, at.document), partial(_batches, files)):
         for key, found in batch.found.items():
             spools.extend(key, found.tokens, found.lengths)
         _note(stats, batch)
@@ -99,6 +102,15 @@ def is_held_out(document_id: str, fraction: float) -> bool:
     """Whether a document is held out: a function of its id alone, so that it never changes sides."""
     digest = hashlib.sha256(b"held-out\0" + document_id.encode()).digest()
     return int.from_bytes(digest[:8], "big") < fraction * 2.0**64
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Span:
+    """Files from `file` to before `end`, of the first only what begins at document `document`."""
+
+    file: int
+    document: int
+    end: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,16 +225,25 @@ def _note(stats: Sequence[ClusterStats], batch: _Sharded) -> None:
         stats[cluster].examples += examples[: _EXAMPLES - len(stats[cluster].examples)]
 
 
-def _batches(files: Files, first: int, document: int) -> Iterator[_Batch]:
-    """All documents from `document` of file `first` on. A batch that ends with a file says so."""
+def _spans(files: int, first: int, document: int) -> list[_Span]:
+    """All from `document` of file `first` on, in spans of about as many files each."""
+    size = max(1, -(-(files - first) // _MOST_SPANS))
+    return [
+        _Span(file=begin, document=document if begin == first else 0, end=min(begin + size, files))
+        for begin in range(first, files, size)
+    ]
+
+
+def _batches(files: Files, span: _Span) -> Iterator[_Batch]:
+    """All documents of a span. A batch that ends with a file says so."""
     batch: list[Document] = []
     characters = 0
 
     def is_full() -> bool:
         return len(batch) >= _BATCH_DOCUMENTS or characters >= _BATCH_CHARACTERS
 
-    for file in range(first, len(files)):
-        skipped = document if file == first else 0
+    for file in range(span.file, span.end):
+        skipped = span.document if file == span.file else 0
         for position, found in enumerate(islice(files[file](), skipped, None), skipped):
             if is_full():
                 yield _Batch(documents=batch, file=file, next=position)
@@ -233,7 +254,7 @@ def _batches(files: Files, first: int, document: int) -> Iterator[_Batch]:
             yield _Batch(documents=batch, file=file + 1, next=0)
             batch, characters = [], 0
     if batch:
-        yield _Batch(documents=batch, file=len(files), next=0)
+        yield _Batch(documents=batch, file=span.end, next=0)
 
 
 def _pack_cluster(spools: Spools, cluster: int, output: Path, *, vocab_size: int, eos: int) -> list[ShardFile]:

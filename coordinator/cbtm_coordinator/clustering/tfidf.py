@@ -1,6 +1,6 @@
 """tf-idf of a sample over the terms of `cbtm_common.routing`: what scikit-learn's TfidfVectorizer computes, faster (a
-text's words are counted before they are looked at one by one; pieces of the sample go to all cores) and with a bounded
-vocabulary. The result does not depend on the number of processes.
+text's words are counted before they are looked at one by one; pieces of the sample are counted by an engine) and with
+a bounded vocabulary. The result does not depend on the engine.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cbtm_common.routing.terms import term_of, word_counts
-from cbtm_coordinator.clustering.pool import in_order
+from cbtm_coordinator.clustering.engine import ONE_PROCESS, Engine
 
 MAX_TERMS = 65_536
 # Beyond this many different terms the rarest so far are forgotten (lossy counting; Manku & Motwani 2002).
@@ -42,7 +42,7 @@ def tfidf(
     max_terms: int = MAX_TERMS,
     sublinear: bool = False,
     idf_power: float = 1.0,
-    processes: int = 1,
+    engine: Engine = ONE_PROCESS,
     on_texts: Callable[[int], None] = lambda _: None,
 ) -> TfIdf:
     """Terms that occur in `min_documents` texts or more, at most `max_terms` of them, the most frequent.
@@ -52,7 +52,7 @@ def tfidf(
     """
     from scipy import sparse
 
-    counted = _count(texts, processes, on_texts)
+    counted = _count(texts, engine, on_texts)
     numbers = np.fromiter(counted.ids.values(), dtype=np.int64, count=len(counted.ids))
     names = list(counted.ids)
     occurrences = counted.occurrences[numbers]
@@ -128,12 +128,16 @@ class _Counts:
             self._floor += 1
 
 
-def _count(texts: Iterable[str], processes: int, on_texts: Callable[[int], None]) -> _Counts:
+def _count(texts: Iterable[str], engine: Engine, on_texts: Callable[[int], None]) -> _Counts:
     counts = _Counts()
-    for terms, piece in in_order(_count_piece, _pieces(texts), processes=processes):
+    for terms, piece in engine.map(_count_piece, _pieces(texts), _itself):
         counts.add(terms, piece)
         on_texts(len(piece.starts) - 1)
     return counts
+
+
+def _itself(piece: list[str]) -> tuple[list[str]]:
+    return (piece,)
 
 
 def _pieces(texts: Iterable[str]) -> Iterator[list[str]]:

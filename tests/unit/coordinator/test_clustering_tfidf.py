@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from cbtm_coordinator.clustering import tfidf as module
+from cbtm_coordinator.clustering.engine import ONE_PROCESS
 from cbtm_coordinator.clustering.tfidf import tfidf
 
 
@@ -38,7 +39,7 @@ def test_a_vocabulary_without_end_is_cut_to_what_is_frequent(monkeypatch: pytest
     monkeypatch.setattr(module, "_MAX_COUNTED", 50)
     monkeypatch.setattr(module, "_PIECE_TEXTS", 10)
     texts = [f"common word noise{i}a noise{i}b" for i in range(200)]
-    counted = module._count(texts, 1, lambda _: None)
+    counted = module._count(texts, ONE_PROCESS, lambda _: None)
     assert len(counted.ids) <= 50
     assert tfidf(texts, min_documents=2).terms == ("common", "word")
     assert math.isclose(tfidf(texts, min_documents=2).idf[0], 1.0)
