@@ -1,0 +1,186 @@
+"""What is trained: sizes, and the contenders of one seed, as plain values.
+
+Every contender sees `Size.tokens` training tokens, the seed phase's included.
+
+- Protocol A is the paper's (arXiv 2303.14177): dense and seed at batch B, experts at batch B/K, so that all take equal
+  steps; half of the tokens in the seed phase.
+- Protocol B is the honest one: the dense batch is swept, then its learning rate, and the best by validation counts; the
+  seed trains as that one does, and the experts go on with a small batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from cbtm_common.recipe import LeaseRecipe, OptimizerRecipe, Precision, Recipe, RouterKind, RoutingRecipe, SeedRecipe
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """`model` is a config for `--from-scratch`; `domain_bytes` is how much of each domain's text is taken."""
+
+    name: str
+    model: Mapping[str, Any]
+    sequence_length: int
+    tokens: int
+    domain_bytes: int
+    held_out_fraction: float
+    # Of each held-out document so many tokens are scored, from its beginning.
+    document_tokens: int
+    learning_rates: tuple[float, ...]
+    dense_batches: tuple[int, ...]
+    paper_batch: int
+    expert_batch: int
+    clusters: tuple[int, ...]
+    random_clusters: int
+    warmup_steps: int
+    precision: Precision = Precision.FP32
+    workers: int = 2
+    threads: int = 1
+    device: str = "cpu"
+
+
+def _llama(*, vocab: int, hidden: int, layers: int, heads: int, context: int) -> dict[str, Any]:
+    return {
+        "model_type": "llama",
+        "vocab_size": vocab,
+        "hidden_size": hidden,
+        "intermediate_size": -(-hidden * 8 // 3 // 8) * 8,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads,
+        "max_position_embeddings": context,
+        "tie_word_embeddings": True,
+    }
+
+
+SIZES = {
+    # Shows in minutes that every part works; its numbers say nothing.
+    "tiny": Size(
+        name="tiny",
+        model=_llama(vocab=512, hidden=32, layers=2, heads=2, context=64),
+        sequence_length=64,
+        tokens=65_536,
+        domain_bytes=40_000,
+        held_out_fraction=0.1,
+        document_tokens=96,
+        learning_rates=(3e-3, 6e-3),
+        dense_batches=(4, 8, 16),
+        paper_batch=8,
+        expert_batch=2,
+        clusters=(2, 4),
+        random_clusters=2,
+        warmup_steps=5,
+    ),
+    # An hour of two CPU cores.
+    "small": Size(
+        name="small",
+        model=_llama(vocab=2048, hidden=128, layers=4, heads=4, context=256),
+        sequence_length=256,
+        tokens=4_200_000,
+        domain_bytes=1_500_000,
+        held_out_fraction=0.04,
+        document_tokens=384,
+        learning_rates=(2e-3, 4e-3),
+        dense_batches=(4, 8, 16),
+        paper_batch=32,
+        expert_batch=2,
+        clusters=(4, 8, 16),
+        random_clusters=8,
+        warmup_steps=50,
+    ),
+    # For a GPU: 124 M parameters.
+    "124m": Size(
+        name="124m",
+        model=_llama(vocab=32_000, hidden=768, layers=12, heads=12, context=1024),
+        sequence_length=1024,
+        tokens=400_000_000,
+        domain_bytes=1 << 40,
+        held_out_fraction=0.02,
+        document_tokens=1024,
+        learning_rates=(6e-4, 1.2e-3),
+        dense_batches=(32, 64, 128),
+        paper_batch=256,
+        expert_batch=16,
+        clusters=(4, 8, 16),
+        random_clusters=8,
+        warmup_steps=200,
+        precision=Precision.BF16,
+        workers=1,
+        threads=8,
+        device="cuda",
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """One cut of the grid. `full` sweeps every dense batch at every rate, and both seed fractions at every K."""
+
+    size: Size
+    seeds: tuple[int, ...]
+    full: bool
+
+    @property
+    def clusters(self) -> tuple[int, ...]:
+        """Values of K; the greatest is last."""
+        return (*self.size.clusters, 25) if self.full else self.size.clusters
+
+    def fractions(self, clusters: int) -> tuple[float, ...]:
+        """Seed fractions of protocol B at this K, the one that others are compared at first."""
+        return (0.75, 0.5) if self.full or clusters == max(self.clusters) else (0.75,)
+
+    def units(self) -> float:
+        """Training tokens of all of it, as multiples of `size.tokens`."""
+        size, first_rate_only = self.size, not self.full
+        sweep = len({*size.dense_batches, size.paper_batch})
+        dense = sweep + 1 if first_rate_only else sweep * len(size.learning_rates)
+        paper = 0.5 + 0.5 * len(self.clusters) + 0.5
+        honest = sum(1 - fraction for k in self.clusters for fraction in self.fractions(k)) + 0.75 + 0.5
+        return len(self.seeds) * (dense + paper + honest)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phase:
+    """How the seed or the experts step."""
+
+    batch: int
+    learning_rate: float
+
+
+def recipe(size: Size, *, seed: int, clusters: int, fraction: float, seed_phase: Phase, experts: Phase) -> Recipe:
+    """Of a run whose experts train (1 - fraction) of the tokens together, after a seed phase."""
+    expert_tokens = size.tokens * (1 - fraction) / clusters
+    return Recipe(
+        sequence_length=size.sequence_length,
+        global_batch=experts.batch,
+        steps=max(1, round(expert_tokens / (experts.batch * size.sequence_length))),
+        seed=seed,
+        precision=size.precision,
+        held_out_fraction=size.held_out_fraction,
+        optimizer=OptimizerRecipe(learning_rate=experts.learning_rate),
+        seed_phase=SeedRecipe(
+            fraction=fraction,
+            global_batch=seed_phase.batch,
+            learning_rate=seed_phase.learning_rate,
+            warmup_steps=size.warmup_steps,
+        ),
+        routing=RoutingRecipe(router=RouterKind.LEARNED),
+        lease=LeaseRecipe(lease_seconds=60, renew_seconds=5, checkpoint_seconds=120),
+    )
+
+
+def toml(recipe: Recipe) -> str:
+    """The recipe as `cbtm-coord run create --recipe` reads it."""
+    fields = recipe.model_dump(mode="json", exclude_none=True)
+    tables = {name: value for name, value in fields.items() if isinstance(value, dict)}
+    lines = [_line(name, value) for name, value in fields.items() if name not in tables]
+    for name, table in tables.items():
+        lines += ["", f"[{name}]", *(_line(key, value) for key, value in table.items())]
+    return "\n".join(lines) + "\n"
+
+
+def _line(name: str, value: str | int | float) -> str:
+    return f'{name} = "{value}"' if isinstance(value, str) else f"{name} = {value!r}"
