@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from cbtm import _auto
 
 if TYPE_CHECKING:
+    from cbtm._calibrate import Calibration, calibrate, calibrate_run
     from cbtm._classify import Classification, ClassificationTask, classify, load_task
     from cbtm._config import CbtmConfig
     from cbtm._ensemble import Ensemble
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from cbtm._plots import plot
     from cbtm._results import ClusterWeight, Generation, PerplexityResult, Routing, Score
     from cbtm._routing import Policy, RoutingOptions
+    from cbtm._routing_grid import GridPoint, RoutingPolicy, routing_grid
+    from cbtm._scored import ScoredDocuments, score_documents
     from cbtm_common.errors import (
         AlreadyExists,
         CbtmError,
@@ -45,6 +48,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "AlreadyExists": "cbtm_common.errors",
+    "Calibration": "cbtm._calibrate",
     "CbtmConfig": "cbtm._config",
     "CbtmError": "cbtm_common.errors",
     "CbtmForCausalLM": "cbtm._model",
@@ -57,6 +61,7 @@ _HOME = {
     "Evaluation": "cbtm._evaluate",
     "ExpertChanges": "cbtm._parts",
     "Generation": "cbtm._results",
+    "GridPoint": "cbtm._routing_grid",
     "HeldOutDocument": "cbtm._held_out",
     "IntegrityError": "cbtm_common.errors",
     "InvalidArgument": "cbtm_common.errors",
@@ -70,19 +75,26 @@ _HOME = {
     "Router": "cbtm_common.routing",
     "Routing": "cbtm._results",
     "RoutingOptions": "cbtm._routing",
+    "RoutingPolicy": "cbtm._routing_grid",
     "Score": "cbtm._results",
+    "ScoredDocuments": "cbtm._scored",
     "Unauthenticated": "cbtm_common.errors",
     "Unavailable": "cbtm_common.errors",
+    "calibrate": "cbtm._calibrate",
+    "calibrate_run": "cbtm._calibrate",
     "classify": "cbtm._classify",
     "evaluate": "cbtm._evaluate",
     "evaluate_run": "cbtm._evaluate",
     "load_task": "cbtm._classify",
     "merge": "cbtm._merge",
     "plot": "cbtm._plots",
+    "routing_grid": "cbtm._routing_grid",
+    "score_documents": "cbtm._scored",
 }
 
 __all__ = [
     "AlreadyExists",
+    "Calibration",
     "CbtmConfig",
     "CbtmError",
     "CbtmForCausalLM",
@@ -95,6 +107,7 @@ __all__ = [
     "Evaluation",
     "ExpertChanges",
     "Generation",
+    "GridPoint",
     "HeldOutDocument",
     "IntegrityError",
     "InvalidArgument",
@@ -108,15 +121,21 @@ __all__ = [
     "Router",
     "Routing",
     "RoutingOptions",
+    "RoutingPolicy",
     "Score",
+    "ScoredDocuments",
     "Unauthenticated",
     "Unavailable",
+    "calibrate",
+    "calibrate_run",
     "classify",
     "evaluate",
     "evaluate_run",
     "load_task",
     "merge",
     "plot",
+    "routing_grid",
+    "score_documents",
 ]
 
 

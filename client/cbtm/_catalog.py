@@ -20,14 +20,17 @@ from cbtm._held_out import HeldOutDocument, HeldOutSplit, in_split
 from cbtm._parts import ClusterInfo, EnsembleParts
 from cbtm._residency import ExpertSource
 from cbtm._routing import single_router
+from cbtm_api.v1 import admin_service_pb2 as ad
 from cbtm_api.v1 import catalog_service_pb2 as cs
 from cbtm_api.v1 import resources_pb2 as pb
 from cbtm_common.cache import ContentCache
 from cbtm_common.errors import IntegrityError, InvalidState, Unavailable
 from cbtm_common.files import FileSpec, safe_join
+from cbtm_common.ids import new_request_id
 from cbtm_common.recipe import Recipe
 from cbtm_common.routing import Router, load_router
 from cbtm_common.rpc import connect
+from cbtm_common.run_routing import RunRouting, clustering_digest
 from cbtm_common.shards import read_shard
 from cbtm_common.transfer import Transfer
 
@@ -132,9 +135,26 @@ class Catalog:
             experts=experts,
             seed=seed,
             recipe=Recipe.from_json(self.run.recipe_json),
+            calibrated=RunRouting.from_json(self.run.routing_json) if self.run.routing_json else None,
             close=self.close,
             reload=self.parts,
         )
+
+    def clustering_digest(self) -> str:
+        """Of the run's clustering model, by which a calibrated routing says what it is of."""
+        files = self._connection.catalog.GetRunFiles(cs.GetRunFilesRequest(run=self.run.id))
+        return clustering_digest(_specs(files.clustering_files))
+
+    def check_admin(self) -> None:
+        """Raises PermissionDenied, before long work is done in vain, when this token may not change the run."""
+        self._connection.admin.GetRunStatus(ad.GetRunStatusRequest(run=self.run.id))
+
+    def set_routing(self, routing: RunRouting | None) -> None:
+        """How the run's experts are mixed by default from now on; None: as its recipe says. Needs a token of role
+        admin."""
+        text = "" if routing is None else routing.to_json()
+        request = ad.SetRunRoutingRequest(request_id=new_request_id(), run=self.run.id, routing_json=text)
+        self.run = self._connection.admin.SetRunRouting(request).run
 
     def baselines(self) -> list[pb.Run]:
         """Runs that stand beside this one as its dense baselines and are complete."""

@@ -27,8 +27,9 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from cbtm._ensemble import Ensemble
-from cbtm._evaluate import Float64, Progress, check_baseline, check_top_k
 from cbtm._residency import check_dtype, load_model
+from cbtm._results import check_top_k
+from cbtm._scored import Float64, Progress, check_baseline
 from cbtm._scoring import TokenSequence, mixture_scores, model_scores
 from cbtm_common.errors import InvalidArgument
 
@@ -159,8 +160,7 @@ def classify(
     if not seeds:
         raise InvalidArgument("seeds: at least one is needed", field="seeds")
     count = len(model.clusters)
-    ks = sorted(set(top_k)) if top_k is not None else [k for k in (1, 2) if k < count]
-    check_top_k(ks, count)
+    ks = check_top_k([k for k in (1, 2) if k < count] if top_k is None else top_k, count)
     asked = _Questions(model, task, shots=shots, seeds=seeds if shots else seeds[:1], method=method)
     window, stride = model.window_and_stride()
     models: dict[str, Callable[[], Sequence[Float64]]] = {}

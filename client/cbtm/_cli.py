@@ -1,5 +1,6 @@
 """`cbtm`: use a run's experts from the command line.
 
+    cbtm calibrate choose how a run mixes its experts, on validation documents
     cbtm classify  few-shot classification of a task file
     cbtm eval      held-out perplexity: seed, dense, each expert, mixtures
     cbtm generate  continue a prompt
@@ -21,7 +22,7 @@ from typing import Annotated
 
 import typer
 
-from cbtm import _cli_eval
+from cbtm import _cli_calibrate, _cli_eval
 from cbtm._cli_options import (
     AsJson,
     Budget,
@@ -48,6 +49,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+app.command("calibrate")(_cli_calibrate.calibrate_command)
 app.command("eval")(_cli_eval.eval_command)
 app.command("classify")(_cli_eval.classify_command)
 

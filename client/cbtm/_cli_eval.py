@@ -22,6 +22,7 @@ from cbtm._cli_options import (
     Temperature,
     Token,
     open_ensemble,
+    parse_floats,
     parse_numbers,
     progress_bars,
     read_texts,
@@ -87,7 +88,7 @@ def eval_command(
         check_matplotlib()
     ks = parse_numbers(top_k) if top_k is not None else None
     options: dict[str, Any] = {"device": device, "dtype": dtype, "max_experts": max_experts, "temperature": temperature}
-    asked: dict[str, Any] = {"top_k": ks, "temperatures": _floats(sweep)}
+    asked: dict[str, Any] = {"top_k": ks, "temperatures": parse_floats(sweep, field="temperatures")}
     with progress_bars(quiet=as_json) as progress:
         if texts is None:
             if folder is not None or coordinator is None or run is None:
@@ -192,13 +193,6 @@ def classify_command(
         _show_classification(found)
 
 
-def _floats(text: str) -> list[float]:
-    try:
-        return [float(part) for part in text.split(",") if part.strip()]
-    except ValueError:
-        raise InvalidArgument(f"temperatures: {text!r} are not numbers with commas", field="temperatures") from None
-
-
 def _write_json(values: Mapping[str, Any], path: Path | None) -> None:
     if path is not None:
         path.write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n", "utf-8")
@@ -244,9 +238,11 @@ def _show(found: Evaluation) -> None:
     if found.sweep:
         _show_sweep(found, console)
     split = f" of split {found.split}" if found.split else ""
+    often = "" if found.interval == 1 else f", anew every {found.interval} tokens"
+    settled = "" if found.settle_after is None else f", settled after {found.settle_after}"
     console.print(
         f"{found.documents:,} documents{split}, {found.tokens:,} tokens; windows of {found.window} by {found.stride}; "
-        f"routing temperature {found.temperature:g}"
+        f"routing temperature {found.temperature:g}{often}{settled}"
     )
     if found.missing_clusters:
         console.print(f"{len(found.missing_clusters)} clusters have no expert yet; the others take their weight")

@@ -15,7 +15,7 @@ from cbtm_common.errors import InvalidArgument
 
 if TYPE_CHECKING:
     from cbtm._ensemble import Ensemble, TopK
-    from cbtm._evaluate import Progress
+    from cbtm._scored import Progress
 
 Folder = Annotated[Path | None, typer.Option("--ensemble", "-e", help="Folder that `cbtm save` wrote.")]
 Coordinator = Annotated[
@@ -99,6 +99,14 @@ def parse_numbers(text: str, *, field: str = "top_k") -> list[int]:
         return [int(part) for part in text.split(",")]
     except ValueError:
         raise InvalidArgument(f"{field}: {text!r} is not a number, or numbers with commas", field=field) from None
+
+
+def parse_floats(text: str, *, field: str) -> list[float]:
+    """Numbers with commas between; none of an empty text. Raises InvalidArgument."""
+    try:
+        return [float(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise InvalidArgument(f"{field}: {text!r} are not numbers with commas", field=field) from None
 
 
 def write(text: str) -> None:

@@ -1,8 +1,8 @@
 """Perplexity of an ensemble and what it is compared with, over held-out documents, from one pass of each model.
 
-Every expert scores every token once; mixtures of any top k are then arithmetic on those log-probabilities and on the
-routing weights, equal to what `Ensemble.perplexity` gives. Compared are the seed model, the dense baseline where the
-run has one, each expert alone on its own cluster, and the mixtures.
+Every expert scores every token once (`_scored`); mixtures of any top k are then arithmetic on those log-probabilities
+and on the routing weights, equal to what `Ensemble.perplexity` gives. Compared are the seed model, the dense baseline
+where the run has one, each expert alone on its own cluster, and the mixtures.
 
 Protocol (`PROTOCOL`): as `Ensemble.perplexity`. Numbers over all clusters weigh each cluster by its tokens among the
 documents given. Nothing is tuned here: the sweep over temperatures shows what a choice is worth; whoever makes one by
@@ -13,24 +13,21 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 
 from cbtm._catalog import Catalog
 from cbtm._ensemble import Ensemble
 from cbtm._held_out import HeldOutDocument, HeldOutSplit
-from cbtm._residency import ExpertPool, ExpertSource, check_dtype, load_model
-from cbtm._results import perplexity_of
-from cbtm._scoring import TokenSequence, model_scores
+from cbtm._results import check_top_k, perplexity_of
+from cbtm._scored import Float64, Progress, ScoredDocuments, log_mixtures, score_documents
 from cbtm_common.errors import InvalidArgument
 from cbtm_common.routing import keep_top
 
-Float64 = npt.NDArray[np.float64]
 PROTOCOL = (
     "Each document is scored on its own, all its tokens, the first given the end-of-text token alone; the closing "
     "end-of-text token is not scored. Longer documents are scored in windows that advance by the stride, each scoring "
@@ -38,7 +35,6 @@ PROTOCOL = (
     "Perplexity is exp of the mean negative log-likelihood of a token; bits per byte divide by the UTF-8 bytes of the "
     "documents, and so compare between tokenizers."
 )
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +76,8 @@ class Evaluation:
     window: int
     stride: int
     temperature: float
+    interval: int
+    settle_after: int | None
     bytes: int
     perplexity: Mapping[str, float]
     bits_per_byte: Mapping[str, float]
@@ -98,66 +96,45 @@ class Evaluation:
 
 def evaluate(
     model: Ensemble,
-    documents: Sequence[HeldOutDocument] | Sequence[str],
+    documents: Sequence[HeldOutDocument] | Sequence[str] | ScoredDocuments,
     *,
     top_k: Sequence[int] | None = None,
     temperatures: Sequence[float] = (),
     baseline: Ensemble | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
-    """Evaluates `model` on texts, or on token documents with their clusters.
+    """Evaluates `model` on texts, or on token documents with their clusters; with the routing that it has.
 
     A text belongs to the cluster that the router finds nearest to the whole of it, as in sharding; only the tables by
-    cluster use that. `top_k`: which mixtures besides all experts; default 1, 2, 4, … `temperatures`: for the sweep,
-    which runs no expert again. `progress(name, done, total)` is told of tokens read by each model. Holds one float for
-    each token and expert.
+    cluster use that. What `score_documents` gave is not scored again, so views with other routing cost arithmetic only.
+    `top_k`: which mixtures besides all experts; default 1, 2, 4, … `temperatures`: for the sweep. `progress(name, done,
+    total)` is told of tokens read by each model.
     """
-    held_out = [d if isinstance(d, HeldOutDocument) else _assigned(model, d) for d in documents]
-    held_out = [d for d in held_out if d.token_ids]
-    if not held_out:
-        raise InvalidArgument("documents: there is no token to score", field="documents")
-    count = len(model.clusters)
-    ks = sorted(set(top_k)) if top_k is not None else [2**n for n in range(count.bit_length()) if 2**n < count] or [1]
-    check_top_k(ks, count)
+    ks = check_top_k(top_k, len(model.clusters))
     if not all(0 < temperature < math.inf for temperature in temperatures):
         raise InvalidArgument(f"temperatures: {list(temperatures)} are not all above 0", field="temperatures")
-    sequences = [model.sequence_of(d.token_ids) for d in held_out]
-    window, stride = model.window_and_stride()
-    scorer = _Scorer(sequences, window, stride, progress)
-    of_experts = [scorer.expert(model.pool, expert) for expert in range(count)]
-    values: dict[str, list[Float64]] = {}
-    if model.parts.seed is not None:
-        values["seed"] = scorer.source("seed", model.parts.seed, model.pool)
-    if baseline is not None:
-        check_baseline(model, baseline)
-        values["dense"] = scorer.expert(baseline.pool, 0, name="dense")
+    if isinstance(documents, ScoredDocuments):
+        scored = documents
+        if baseline is not None:
+            raise InvalidArgument("baseline: it is scored with the documents, by score_documents", field="baseline")
+    else:
+        scored = score_documents(model, documents, baseline=baseline, progress=progress)
+    held_out = scored.documents
+    values = dict(scored.others)
     place = {cluster.id: i for i, cluster in enumerate(model.clusters)}
-    unknown = [np.full(sequence.scored, np.nan) for sequence in sequences]
-    values["expert"] = [
-        of_experts[place[d.cluster_id]][n] if d.cluster_id in place else unknown[n] for n, d in enumerate(held_out)
-    ]
-    mixer = _Mixer(sequences, of_experts, ks)
-    mixed = mixer.mix(model)
+    values["expert"] = tuple(
+        scored.experts[place[d.cluster_id]][n] if d.cluster_id in place else np.full(len(d.token_ids), np.nan)
+        for n, d in enumerate(held_out)
+    )
+    mixed = _mix(scored, model, ks)
     values |= mixed.values
     sweep = []
     for number, temperature in enumerate(temperatures):
-        at = mixer.mix(model.with_routing(temperature=temperature))
+        at = _mix(scored, model.with_routing(temperature=temperature), ks)
         sweep.append(SweepPoint(temperature=temperature, perplexity=_perplexities(at.values, held_out)))
         if progress is not None:
             progress("temperatures", number + 1, len(temperatures))
-    return _tabulate(model, held_out, values, mixed, tuple(sweep), window=window, stride=stride)
-
-
-def check_top_k(ks: Sequence[int], experts: int) -> None:
-    """Raises InvalidArgument."""
-    if not all(1 <= k <= experts for k in ks):
-        raise InvalidArgument(f"top_k: {list(ks)} are not all between 1 and the {experts} experts", field="top_k")
-
-
-def check_baseline(model: Ensemble, baseline: Ensemble) -> None:
-    """Raises InvalidArgument when the two cannot be compared token by token."""
-    if len(baseline.pool) != 1 or baseline.tokenizer.get_vocab() != model.tokenizer.get_vocab():
-        raise InvalidArgument("baseline: it is not one dense model with the same tokenizer", field="baseline")
+    return _tabulate(model, scored, values, mixed, tuple(sweep))
 
 
 def evaluate_run(
@@ -204,78 +181,38 @@ def evaluate_run(
     return replace(found, split=split)
 
 
-class _Scorer:
-    """Runs one model at a time over the same sequences."""
-
-    def __init__(self, sequences: Sequence[TokenSequence], window: int, stride: int, progress: Progress | None) -> None:
-        self._sequences = sequences
-        self._window = window
-        self._stride = stride
-        self._progress = progress
-        self._total = sum(sequence.scored for sequence in sequences)
-
-    def expert(self, pool: ExpertPool, index: int, *, name: str | None = None) -> list[Float64]:
-        return self._run(name or pool.sources[index].name, pool.get(index))
-
-    def source(self, name: str, source: ExpertSource, pool: ExpertPool) -> list[Float64]:
-        dtype = check_dtype(pool.placement.dtype)
-        return self._run(name, load_model(source.directory(), name=name, device=pool.device, dtype=dtype))
-
-    def _run(self, name: str, model: Any) -> list[Float64]:
-        done = 0
-
-        def told(tokens: int) -> None:
-            nonlocal done
-            done = min(done + tokens, self._total)
-            if self._progress is not None:
-                self._progress(name, done, self._total)
-
-        return model_scores(model, self._sequences, window=self._window, stride=self._stride, progress=told)
-
-
 @dataclass(frozen=True, kw_only=True)
 class _Mixed:
     """Log-probabilities of each mixture, by document; weights of the experts, summed over tokens."""
 
-    values: dict[str, list[Float64]]
+    values: dict[str, tuple[Float64, ...]]
     # At the model's own top k [K]; tokens for which it is the heaviest [K]; of each document, of all experts [D, K].
     share: Float64
     heaviest: Float64
     routed: Float64
 
 
-class _Mixer:
-    """Mixes what the experts said, for any k and temperature: arithmetic only."""
-
-    def __init__(
-        self, sequences: Sequence[TokenSequence], of_experts: Sequence[Sequence[Float64]], ks: Sequence[int]
-    ) -> None:
-        self._sequences = sequences
-        self._of_experts = of_experts
-        self._ks = ks
-
-    def mix(self, model: Ensemble) -> _Mixed:
-        router = model.with_routing(top_k="all").context_router
-        count = len(self._of_experts)
-        values: dict[str, list[Float64]] = {name: [] for name in [*(f"top{k}" for k in self._ks), "all"]}
-        share_K, heaviest_K = np.zeros(count), np.zeros(count)
-        routed_DK = np.zeros((len(self._sequences), count))
-        for n, sequence in enumerate(self._sequences):
-            weights_TK = router.positions(sequence.ids, sequence.first)
-            log_probs_TK = np.stack([scores[n] for scores in self._of_experts], axis=1)
-            for k in (*self._ks, None):
-                values["all" if k is None else f"top{k}"].append(_mix(keep_top(weights_TK, k), log_probs_TK))
-            share_K += keep_top(weights_TK, model.routing.top_k).sum(axis=0)
-            heaviest_K += np.bincount(weights_TK.argmax(axis=1), minlength=count)
-            routed_DK[n] = weights_TK.sum(axis=0)
-        return _Mixed(values=values, share=share_K, heaviest=heaviest_K, routed=routed_DK)
-
-
-def _mix(weights_TK: Float64, log_probs_TK: Float64) -> Float64:
-    """log Σ_k w · p, without leaving log space."""
-    with np.errstate(divide="ignore"):
-        mixed: Float64 = np.logaddexp.reduce(np.log(weights_TK) + log_probs_TK, axis=1)
-    return mixed
+def _mix(scored: ScoredDocuments, model: Ensemble, ks: Sequence[int]) -> _Mixed:
+    router = model.with_routing(top_k="all").context_router
+    count = len(model.clusters)
+    column = {**{f"top{k}": k - 1 for k in ks}, "all": count - 1}
+    values: dict[str, list[Float64]] = {name: [] for name in column}
+    share_K, heaviest_K = np.zeros(count), np.zeros(count)
+    routed_DK = np.zeros((len(scored.sequences), count))
+    for n, sequence in enumerate(scored.sequences):
+        weights_TK = router.positions(sequence.ids, sequence.first)
+        mixed_TK = log_mixtures(weights_TK, scored.of_experts(n))
+        for name, at in column.items():
+            values[name].append(mixed_TK[:, at].copy())
+        share_K += keep_top(weights_TK, model.routing.top_k).sum(axis=0)
+        heaviest_K += np.bincount(weights_TK.argmax(axis=1), minlength=count)
+        routed_DK[n] = weights_TK.sum(axis=0)
+    return _Mixed(
+        values={name: tuple(found) for name, found in values.items()},
+        share=share_K,
+        heaviest=heaviest_K,
+        routed=routed_DK,
+    )
 
 
 def _perplexities(
@@ -295,14 +232,12 @@ def _log_likelihood(found: Sequence[Float64], numbers: Sequence[int]) -> float:
 
 def _tabulate(
     model: Ensemble,
-    held_out: Sequence[HeldOutDocument],
+    scored: ScoredDocuments,
     values: Mapping[str, Sequence[Float64]],
     mixed: _Mixed,
     sweep: tuple[SweepPoint, ...],
-    *,
-    window: int,
-    stride: int,
 ) -> Evaluation:
+    held_out = scored.documents
     rows: dict[str, list[int]] = {}
     for n, document in enumerate(held_out):
         rows.setdefault(document.cluster_id, []).append(n)
@@ -331,9 +266,11 @@ def _tabulate(
         run=model.name,
         documents=len(held_out),
         tokens=sum(tokens),
-        window=window,
-        stride=stride,
+        window=scored.window,
+        stride=scored.stride,
         temperature=model.routing.temperature,
+        interval=model.routing.interval,
+        settle_after=model.routing.settle_after,
         bytes=size,
         perplexity=_perplexities(values, held_out),
         bits_per_byte={
@@ -345,13 +282,6 @@ def _tabulate(
         top1_share=by_cluster(mixed.heaviest),
         sweep=sweep,
         missing_clusters=model.missing_clusters,
-    )
-
-
-def _assigned(model: Ensemble, text: str) -> HeldOutDocument:
-    router = model.parts.router
-    return HeldOutDocument(
-        token_ids=tuple(model.encode(text)), cluster_id=router.cluster_ids[int(router.assign([text])[0])]
     )
 
 

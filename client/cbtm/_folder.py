@@ -1,6 +1,7 @@
 """An ensemble in one folder, to copy, publish and load with no coordinator.
 
-    cbtm.json            format, run, clusters and their experts by id, recipe, length and SHA-256 of every file
+    cbtm.json            format, run, recipe, calibrated routing; clusters and their experts by id; length and SHA-256
+                         of every file
     config.json          model_type "cbtm", for `transformers`: what the experts have in common, how they are mixed
     modeling_cbtm.py     for programs that do not `import cbtm`: names its classes, to load with trust_remote_code=True
     tokenizer.json, …    the tokenizer
@@ -28,6 +29,7 @@ from cbtm_common.errors import AlreadyExists, IntegrityError, InvalidArgument, N
 from cbtm_common.files import check_relative, describe, hash_file, safe_join
 from cbtm_common.recipe import Recipe
 from cbtm_common.routing import Distance, load_router
+from cbtm_common.run_routing import RunRouting
 
 FORMAT = "cbtm-ensemble-1"
 MANIFEST = "cbtm.json"
@@ -106,7 +108,7 @@ def _parts(path: Path, manifest: dict[str, Any]) -> EnsembleParts:
             experts[cluster.id] = FolderSource(
                 name=f"expert {cluster.index}", root=path, relative=str(entry["expert"]), digests=digests
             )
-    seed = manifest["seed"]
+    seed, calibrated = manifest["seed"], manifest.get("calibrated")
     return EnsembleParts(
         run_id=str(manifest["run"]["id"]),
         run_name=str(manifest["run"]["name"]),
@@ -116,6 +118,7 @@ def _parts(path: Path, manifest: dict[str, Any]) -> EnsembleParts:
         experts=experts,
         seed=FolderSource(name="seed", root=path, relative=str(seed), digests=digests) if seed else None,
         recipe=Recipe.from_json(json.dumps(manifest["recipe"])),
+        calibrated=RunRouting.from_json(json.dumps(calibrated)) if calibrated else None,
     )
 
 
@@ -206,6 +209,7 @@ def _write(
         "format": FORMAT,
         "run": {"id": parts.run_id, "name": parts.run_name},
         "recipe": json.loads(parts.recipe.to_json()),
+        "calibrated": None if parts.calibrated is None else parts.calibrated.model_dump(),
         "clusters": entries,
         "seed": "seed" if parts.seed is not None else None,
         "files": {spec.path: {"size": spec.size, "sha256": spec.sha256} for spec in describe(root)},

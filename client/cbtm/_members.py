@@ -41,10 +41,8 @@ def assemble(parts: EnsembleParts, residency: Residency, codec: TextCodec, routi
 def first_routing(
     parts: EnsembleParts, *, top_k: TopK, temperature: float | None, saved: RoutingOptions | None = None
 ) -> RoutingOptions:
-    """What is asked for; else as it was saved; else the run's."""
-    default = saved or RoutingOptions(
-        top_k=top_k_of(None, parts), temperature=parts.recipe.routing.temperature or parts.router.temperature
-    )
+    """What is asked for; else as it was saved; else as the run was calibrated; else its recipe's."""
+    default = saved or _default_routing(parts)
     return replace(
         default,
         top_k=default.top_k if top_k is None else top_k_of(top_k, parts),
@@ -52,11 +50,28 @@ def first_routing(
     )
 
 
+def _default_routing(parts: EnsembleParts) -> RoutingOptions:
+    top_k, calibrated = top_k_of(None, parts), parts.calibrated
+    if calibrated is None:
+        return RoutingOptions(top_k=top_k, temperature=parts.recipe.routing.temperature or parts.router.temperature)
+    return RoutingOptions(
+        top_k=top_k,
+        temperature=calibrated.temperature,
+        interval=calibrated.interval,
+        settle_after=calibrated.settle_after,
+    )
+
+
 def top_k_of(asked: TopK, parts: EnsembleParts) -> int | None:
     """As `RoutingOptions` has it; where nothing is asked for, the run's, or as many as there are."""
     if asked is None:
-        return min(parts.recipe.routing.top_k, max(1, len(parts.present)))
+        return usual_top_k(parts)
     return None if asked == "all" else asked
+
+
+def usual_top_k(parts: EnsembleParts) -> int:
+    """The run's, or as many as there are."""
+    return min((parts.calibrated or parts.recipe.routing).top_k, max(1, len(parts.present)))
 
 
 def renewed(old: Members, parts: EnsembleParts, *, asked: TopK) -> tuple[Members, ExpertChanges]:

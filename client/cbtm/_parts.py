@@ -9,6 +9,7 @@ from pathlib import Path
 from cbtm._residency import ExpertSource
 from cbtm_common.recipe import Recipe
 from cbtm_common.routing import Router
+from cbtm_common.run_routing import RunRouting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +54,8 @@ class EnsembleParts:
     # The model that the experts branched from.
     seed: ExpertSource | None = None
     recipe: Recipe = field(default_factory=Recipe)
+    # How the run mixes its experts by default, where that was calibrated; else the recipe says.
+    calibrated: RunRouting | None = None
     close: Callable[[], None] = _nothing
     # What it is made of by now, where that can change: experts that are as they were are the same objects.
     reload: Callable[[], EnsembleParts] | None = None

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+
+from cbtm_common.errors import InvalidArgument
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,3 +89,12 @@ def perplexity_of(log_likelihood: float, tokens: int) -> float:
         return math.exp(-log_likelihood / tokens)
     except OverflowError:
         return math.inf
+
+
+def check_top_k(asked: Sequence[int] | None, experts: int) -> list[int]:
+    """Mixtures to compare, ascending; where none are asked for 1, 2, 4, … below all. Raises InvalidArgument."""
+    if asked is None:
+        return [2**n for n in range(experts.bit_length()) if 2**n < experts] or [1]
+    if not all(1 <= k <= experts for k in asked):
+        raise InvalidArgument(f"top_k: {list(asked)} are not all between 1 and the {experts} experts", field="top_k")
+    return sorted(set(asked))

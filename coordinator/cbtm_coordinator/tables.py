@@ -117,6 +117,7 @@ runs = Table(
     _count("documents"),
     _count("budget_tokens"),
     Column("verification", String(16), nullable=False, server_default=text("'OFF'")),
+    _words("routing_json"),
     _words("reason"),
     _time("create_time"),
     _time("update_time"),

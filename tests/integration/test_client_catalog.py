@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from cbtm._catalog import Catalog
+from tests.integration.test_client_evaluation import invoke
 from tests.support.ensembles import random_texts
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
@@ -186,14 +187,43 @@ def test_an_evaluation_for_choices_is_of_other_documents_than_a_reported_one(run
         shards = catalog.held_out(split="test"), catalog.held_out(split="validation")
     assert [len(documents) for documents in shards] == [test.documents, validation.documents]
     assert not set(shards[0]) & set(shards[1])
-    done = call(
-        "cbtm", "eval", "--coordinator", run.target, "--run", "tiny", "--token", run.admin_token,
-        "--split", "validation", "--cache-dir", str(run.cache), "--baseline", "none", "--json",
-    )  # fmt: skip
-    printed = json.loads(done.stdout)
+    source = ["--coordinator", run.target, "--run", "tiny", "--token", run.admin_token, "--cache-dir", str(run.cache)]
+    printed = json.loads(invoke("eval", *source, "--split", "validation", "--baseline", "none", "--json"))
     assert printed["split"] == "validation"
     assert printed["perplexity"] == pytest.approx(validation.perplexity, rel=1e-5)
     assert validation.perplexity["all"] != pytest.approx(test.perplexity["all"], rel=1e-5)
+
+
+def test_a_calibration_is_stored_with_the_run_and_taken_up_by_whoever_opens_it(run: TrainedRun) -> None:
+    from cbtm import PermissionDenied, calibrate_run
+
+    source = ["--coordinator", run.target, "--run", "tiny", "--cache-dir", str(run.cache), "--token", run.admin_token]
+    with open_ensemble(run) as model:
+        before = model.routing
+    dry = json.loads(invoke("calibrate", *source, "--dry-run", "--json"))
+    assert not dry["stored"]
+    with open_ensemble(run) as model:
+        assert model.routing == before
+    shown = invoke("calibrate", *source, "--top-k", "1")
+    assert "stored top-1" in shown
+    assert "once after 16" in shown
+    try:
+        with open_ensemble(run) as model:
+            chosen = model.parts.calibrated
+            assert chosen is not None
+            assert (chosen.top_k, model.routing.top_k) == (1, 1)
+            assert model.routing.temperature == chosen.temperature
+            assert model.routing.settle_after == chosen.settle_after
+        with Catalog(run.target, run="tiny", token=run.admin_token, cache_dir=run.cache) as catalog:
+            documents = catalog.held_out(split="validation")
+        assert (chosen.documents, chosen.tokens) == (len(documents), sum(len(d.token_ids) for d in documents))
+    finally:
+        invoke("calibrate", *source, "--reset")
+    with open_ensemble(run) as model:
+        assert model.routing == before
+    made = call("cbtm-coord", "token", "create", "--role", "consumer", "--data-dir", str(run.data), "--json").stdout
+    with pytest.raises(PermissionDenied):
+        calibrate_run(run.target, run="tiny", token=json.loads(made)["secret"], cache_dir=run.cache)
 
 
 def test_the_baseline_opens_as_an_ensemble_of_one(run: TrainedRun) -> None:
@@ -236,14 +266,6 @@ def test_a_damaged_cached_file_is_fetched_anew(run: TrainedRun, tmp_path: Path) 
 
 
 def test_the_commands_do_what_the_library_does(run: TrainedRun, tmp_path: Path) -> None:
-    from typer.testing import CliRunner
-
-    from cbtm._cli import app
-
-    def invoke(*arguments: str) -> str:
-        done = CliRunner().invoke(app, list(arguments), catch_exceptions=False)
-        assert done.exit_code == 0, done.output
-        return done.stdout
 
     saved = str(tmp_path / "saved")
     source = ["--coordinator", run.target, "--run", "tiny", "--cache-dir", str(run.cache)]

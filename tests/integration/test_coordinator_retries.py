@@ -24,7 +24,16 @@ from cbtm_common.files import describe
 from cbtm_common.ids import new_request_id
 from cbtm_common.rpc import Connection
 from tests.support.coordinator import RunningCoordinator
-from tests.support.raw_run import RECIPE, STEPS, RawWorker, checkpoint_folder, create_run, make_run, new_clusters
+from tests.support.raw_run import (
+    RECIPE,
+    STEPS,
+    RawWorker,
+    calibrated,
+    checkpoint_folder,
+    create_run,
+    make_run,
+    new_clusters,
+)
 
 pytestmark = pytest.mark.integration
 
@@ -155,6 +164,12 @@ def _resume(scene: Scene) -> Call:
     return scene.admin.ResumeRun, ad.ResumeRunRequest(run=made.id)
 
 
+def _set_routing(scene: Scene) -> Call:
+    made = scene.run()
+    routing = calibrated(scene.connection, made)
+    return scene.admin.SetRunRouting, ad.SetRunRoutingRequest(run=made.id, routing_json=routing.to_json())
+
+
 def _delete(scene: Scene) -> Call:
     return scene.admin.DeleteRun, ad.DeleteRunRequest(run=scene.run().id)
 
@@ -190,6 +205,7 @@ _SCENES: dict[str, Callable[[Scene], Call]] = {
     "CreateBaseline": _create_baseline,
     "PauseRun": _pause,
     "ResumeRun": _resume,
+    "SetRunRouting": _set_routing,
     "DeleteRun": _delete,
     "RequeueTask": _requeue,
     "RevokeWorker": _revoke_worker,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,8 +19,9 @@ from cbtm_common.errors import AlreadyExists, CbtmError, InvalidArgument, Invali
 from cbtm_common.ids import cluster_id, new_request_id
 from cbtm_common.recipe import Recipe
 from cbtm_common.rpc import MAX_MESSAGE_BYTES, Connection
+from cbtm_common.run_routing import RunRouting
 from tests.support.coordinator import RunningCoordinator
-from tests.support.raw_run import RECIPE, STEPS, RawWorker, checkpoint_folder, create_run, make_run
+from tests.support.raw_run import RECIPE, STEPS, RawWorker, calibrated, checkpoint_folder, create_run, make_run
 
 pytestmark = pytest.mark.integration
 
@@ -166,6 +168,59 @@ def test_a_baseline_may_have_another_batch_and_rate_for_as_many_tokens(admin: Co
     assert [task.task.total_steps for task in status.tasks] == [STEPS]
     assert made.budget_tokens == run.budget_tokens
     _delete(admin, "big")
+
+
+def _set_routing(admin: Connection, run: str, routing_json: str) -> pb.Run:
+    request = ad.SetRunRoutingRequest(request_id=new_request_id(), run=run, routing_json=routing_json)
+    return admin.admin.SetRunRouting(request).run
+
+
+def test_a_calibrated_routing_stays_with_the_run_and_is_what_texts_are_routed_by(
+    admin: Connection, run: pb.Run
+) -> None:
+    def weights(temperature: float = 0) -> list[float]:
+        request = cs.RouteRequest(run=run.id, texts=["term0 term0 term1"], temperature=temperature)
+        return [w.weight for w in admin.catalog.Route(request).routings[0].weights]
+
+    before = weights()
+    routing = calibrated(admin, run, temperature=0.7, interval=16, settle_after=32)
+    assert RunRouting.from_json(_set_routing(admin, "web", routing.to_json()).routing_json) == routing
+    assert RunRouting.from_json(admin.catalog.GetRun(cs.GetRunRequest(run="web")).run.routing_json) == routing
+    assert weights() == weights(0.7) != before
+    assert weights(0.1) == before
+    assert _set_routing(admin, "web", "").routing_json == ""
+    assert weights() == before
+    kept = [e for e in admin.admin.ListEvents(ad.ListEventsRequest(run=run.id)).events if e.kind == "run.routing"]
+    assert [dict(event.detail).get("interval") for event in kept] == [16, None]
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({"temperature": 0}, "routing_json.temperature"),
+        ({"settle_after": 0}, "routing_json.settle_after"),
+        ({"top_k": 4}, "routing_json.top_k"),
+        ({"clustering": "0" * 64}, "routing_json.clustering"),
+        ({"clustering": None}, "routing_json.clustering"),
+    ],
+)
+def test_a_routing_that_cannot_be_of_this_run_is_refused(
+    admin: Connection, run: pb.Run, fields: dict[str, object], field: str
+) -> None:
+    values = {**calibrated(admin, run).model_dump(), **fields}
+    with pytest.raises(InvalidArgument) as caught:
+        _set_routing(admin, run.id, json.dumps(values))
+    assert caught.value.field == field
+    assert admin.catalog.GetRun(cs.GetRunRequest(run=run.id)).run.routing_json == ""
+
+
+def test_a_draft_and_a_baseline_have_nothing_to_route_between(admin: Connection, draft: pb.Run, run: pb.Run) -> None:
+    with pytest.raises(InvalidState, match="DRAFT"):
+        _set_routing(admin, draft.id, "")
+    baseline = admin.admin.CreateBaseline(ad.CreateBaselineRequest(request_id=new_request_id(), run=run.id)).run
+    with pytest.raises(InvalidState, match="baseline"):
+        _set_routing(admin, baseline.id, "")
+    _delete(admin, baseline.id)
 
 
 @pytest.mark.parametrize(

@@ -7,20 +7,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors.numpy import save_file
 
 from cbtm_api.v1 import admin_service_pb2 as ad
+from cbtm_api.v1 import catalog_service_pb2 as cs
 from cbtm_api.v1 import resources_pb2 as pb
 from cbtm_api.v1 import worker_service_pb2 as ws
-from cbtm_common.files import describe, hash_file
+from cbtm_common.files import FileSpec, describe, hash_file
 from cbtm_common.ids import cluster_id, new_request_id
 from cbtm_common.protos import JsonValue, struct
 from cbtm_common.recipe import LeaseRecipe, Recipe
 from cbtm_common.routing import CentroidRouter
 from cbtm_common.routing.embedding import TermEmbedding
 from cbtm_common.rpc import Connection
+from cbtm_common.run_routing import RunRouting, clustering_digest
 from cbtm_common.shards import write_shard
 from cbtm_common.transfer import Transfer
 from tests.support.coordinator import RunningCoordinator
@@ -66,6 +69,14 @@ def create_run(admin: Connection, *, name: str = "web", clusters: int = 2, recip
         request_id=new_request_id(), name=name, cluster_count=clusters, recipe_json=recipe.to_json()
     )
     return admin.admin.CreateRun(create).run
+
+
+def calibrated(admin: Connection, run: pb.Run, **fields: Any) -> RunRouting:
+    """A routing that `run` may be given."""
+    files = admin.catalog.GetRunFiles(cs.GetRunFilesRequest(run=run.id)).clustering_files
+    values: dict[str, Any] = {"temperature": 0.5, "top_k": 1, "documents": 3, "tokens": 40, "perplexity": 12.5}
+    digest = clustering_digest(FileSpec.from_proto(file) for file in files)
+    return RunRouting(**{"clustering": digest, **values, **fields})
 
 
 def new_clusters(admin: Connection, run: pb.Run, folder: Path, clusters: int = 1) -> list[ad.NewCluster]:

@@ -447,6 +447,52 @@ class ResumeRunResponse(_message.Message):
 Global___ResumeRunResponse: _TypeAlias = ResumeRunResponse  # noqa: Y015
 
 @_typing.final
+class SetRunRoutingRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    RUN_FIELD_NUMBER: _builtins.int
+    ROUTING_JSON_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    run: _builtins.str
+    routing_json: _builtins.str
+    """cbtm_common.run_routing.RunRouting. Empty: as the recipe says."""
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        run: _builtins.str = ...,
+        routing_json: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["request_id", b"request_id", "routing_json", b"routing_json", "run", b"run"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetRunRoutingRequest: _TypeAlias = SetRunRoutingRequest  # noqa: Y015
+
+@_typing.final
+class SetRunRoutingResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def run(self) -> _resources_pb2.Run: ...
+    def __init__(
+        self,
+        *,
+        run: _resources_pb2.Run | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["run", b"run"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["run", b"run"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetRunRoutingResponse: _TypeAlias = SetRunRoutingResponse  # noqa: Y015
+
+@_typing.final
 class DeleteRunRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -69,6 +69,11 @@ class AdminServiceStub:
                 request_serializer=cbtm__api_dot_v1_dot_admin__service__pb2.ResumeRunRequest.SerializeToString,
                 response_deserializer=cbtm__api_dot_v1_dot_admin__service__pb2.ResumeRunResponse.FromString,
                 _registered_method=True)
+        self.SetRunRouting = channel.unary_unary(
+                '/cbtm_api.v1.AdminService/SetRunRouting',
+                request_serializer=cbtm__api_dot_v1_dot_admin__service__pb2.SetRunRoutingRequest.SerializeToString,
+                response_deserializer=cbtm__api_dot_v1_dot_admin__service__pb2.SetRunRoutingResponse.FromString,
+                _registered_method=True)
         self.DeleteRun = channel.unary_unary(
                 '/cbtm_api.v1.AdminService/DeleteRun',
                 request_serializer=cbtm__api_dot_v1_dot_admin__service__pb2.DeleteRunRequest.SerializeToString,
@@ -167,6 +172,13 @@ class AdminServiceServicer:
 
     def ResumeRun(self, request, context):
         """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetRunRouting(self, request, context):
+        """Sets how the run's experts are mixed by default, once that is calibrated.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -271,6 +283,11 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     servicer.ResumeRun,
                     request_deserializer=cbtm__api_dot_v1_dot_admin__service__pb2.ResumeRunRequest.FromString,
                     response_serializer=cbtm__api_dot_v1_dot_admin__service__pb2.ResumeRunResponse.SerializeToString,
+            ),
+            'SetRunRouting': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetRunRouting,
+                    request_deserializer=cbtm__api_dot_v1_dot_admin__service__pb2.SetRunRoutingRequest.FromString,
+                    response_serializer=cbtm__api_dot_v1_dot_admin__service__pb2.SetRunRoutingResponse.SerializeToString,
             ),
             'DeleteRun': grpc.unary_unary_rpc_method_handler(
                     servicer.DeleteRun,
@@ -512,6 +529,33 @@ class AdminService:
             '/cbtm_api.v1.AdminService/ResumeRun',
             cbtm__api_dot_v1_dot_admin__service__pb2.ResumeRunRequest.SerializeToString,
             cbtm__api_dot_v1_dot_admin__service__pb2.ResumeRunResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetRunRouting(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cbtm_api.v1.AdminService/SetRunRouting',
+            cbtm__api_dot_v1_dot_admin__service__pb2.SetRunRoutingRequest.SerializeToString,
+            cbtm__api_dot_v1_dot_admin__service__pb2.SetRunRoutingResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -43,6 +43,8 @@ class AdminServiceStub:
     """A dense baseline beside a run: K = 1, the same data, the same training tokens."""
     PauseRun: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.PauseRunRequest, _admin_service_pb2.PauseRunResponse]
     ResumeRun: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.ResumeRunRequest, _admin_service_pb2.ResumeRunResponse]
+    SetRunRouting: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.SetRunRoutingRequest, _admin_service_pb2.SetRunRoutingResponse]
+    """Sets how the run's experts are mixed by default, once that is calibrated."""
     DeleteRun: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.DeleteRunRequest, _admin_service_pb2.DeleteRunResponse]
     """Forgets the run and deletes its objects."""
     SetVerification: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.SetVerificationRequest, _admin_service_pb2.SetVerificationResponse]
@@ -72,6 +74,8 @@ class AdminServiceAsyncStub(AdminServiceStub):
     """A dense baseline beside a run: K = 1, the same data, the same training tokens."""
     PauseRun: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.PauseRunRequest, _admin_service_pb2.PauseRunResponse]  # type: ignore[assignment]
     ResumeRun: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.ResumeRunRequest, _admin_service_pb2.ResumeRunResponse]  # type: ignore[assignment]
+    SetRunRouting: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.SetRunRoutingRequest, _admin_service_pb2.SetRunRoutingResponse]  # type: ignore[assignment]
+    """Sets how the run's experts are mixed by default, once that is calibrated."""
     DeleteRun: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.DeleteRunRequest, _admin_service_pb2.DeleteRunResponse]  # type: ignore[assignment]
     """Forgets the run and deletes its objects."""
     SetVerification: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.SetVerificationRequest, _admin_service_pb2.SetVerificationResponse]  # type: ignore[assignment]
@@ -140,6 +144,14 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _admin_service_pb2.ResumeRunRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_admin_service_pb2.ResumeRunResponse, _abc.Awaitable[_admin_service_pb2.ResumeRunResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def SetRunRouting(
+        self,
+        request: _admin_service_pb2.SetRunRoutingRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_service_pb2.SetRunRoutingResponse, _abc.Awaitable[_admin_service_pb2.SetRunRoutingResponse]]:
+        """Sets how the run's experts are mixed by default, once that is calibrated."""
 
     @_abc_1.abstractmethod
     def DeleteRun(

@@ -475,6 +475,7 @@ class Run(_message.Message):
     DOCUMENTS_FIELD_NUMBER: _builtins.int
     BUDGET_TOKENS_FIELD_NUMBER: _builtins.int
     VERIFICATION_FIELD_NUMBER: _builtins.int
+    ROUTING_JSON_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     name: _builtins.str
     state: Global___RunState.ValueType
@@ -492,6 +493,8 @@ class Run(_message.Message):
     budget_tokens: _builtins.int
     """Tokens that all its tasks train on together, when complete."""
     verification: Global___Verification.ValueType
+    routing_json: _builtins.str
+    """How its experts are mixed by default, as calibrated (cbtm_common.run_routing.RunRouting), or empty: as the recipe says."""
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp: ...
     @_builtins.property
@@ -513,10 +516,11 @@ class Run(_message.Message):
         documents: _builtins.int = ...,
         budget_tokens: _builtins.int = ...,
         verification: Global___Verification.ValueType = ...,
+        routing_json: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "update_time", b"update_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["baseline_of", b"baseline_of", "budget_tokens", b"budget_tokens", "cluster_count", b"cluster_count", "create_time", b"create_time", "documents", b"documents", "id", b"id", "name", b"name", "paused", b"paused", "reason", b"reason", "recipe_json", b"recipe_json", "state", b"state", "train_tokens", b"train_tokens", "update_time", b"update_time", "verification", b"verification"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["baseline_of", b"baseline_of", "budget_tokens", b"budget_tokens", "cluster_count", b"cluster_count", "create_time", b"create_time", "documents", b"documents", "id", b"id", "name", b"name", "paused", b"paused", "reason", b"reason", "recipe_json", b"recipe_json", "routing_json", b"routing_json", "state", b"state", "train_tokens", b"train_tokens", "update_time", b"update_time", "verification", b"verification"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

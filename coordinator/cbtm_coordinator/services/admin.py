@@ -15,6 +15,7 @@ from cbtm_common.files import FileSpec
 from cbtm_common.ids import hash_secret, new_id
 from cbtm_common.protos import duration, from_duration, timestamp
 from cbtm_common.recipe import Recipe
+from cbtm_common.run_routing import RunRouting, clustering_digest
 from cbtm_coordinator.lifecycle import RunState, TaskKind, TaskState, Verification
 from cbtm_coordinator.services import convert, paging
 from cbtm_coordinator.services.context import ServiceContext, checked_files
@@ -206,6 +207,17 @@ class AdminServicer(AdminServiceServicer):
     def _set_paused(self, tx: Connection, run: str, *, paused: bool) -> pb.Run:
         return convert.run(runs.set_paused(tx, self._store.now(), runs.get(tx, run), paused))
 
+    def SetRunRouting(self, request: ad.SetRunRoutingRequest, context: Any) -> ad.SetRunRoutingResponse:
+        routing = RunRouting.from_json(request.routing_json) if request.routing_json else None
+
+        def answer(tx: Connection) -> ad.SetRunRoutingResponse:
+            run = runs.get(tx, request.run)
+            if routing is not None:
+                _check_routing(routing, run, [entry.file for entry in runs.files(tx, run, "CLUSTERING")])
+            return ad.SetRunRoutingResponse(run=convert.run(runs.set_routing(tx, self._store.now(), run, routing)))
+
+        return self._context.once(request, ad.SetRunRoutingResponse, answer)
+
     def DeleteRun(self, request: ad.DeleteRunRequest, context: Any) -> ad.DeleteRunResponse:
         first = self._context.first_answer(request, ad.DeleteRunResponse)
         if first is not None:
@@ -372,6 +384,20 @@ def _verification(value: pb.Verification.ValueType) -> Verification | None:
     if value == pb.VERIFICATION_UNSPECIFIED:
         return None
     return Verification(pb.Verification.Name(value).removeprefix("VERIFICATION_"))
+
+
+def _check_routing(routing: RunRouting, run: RunRecord, clustering: list[FileSpec]) -> None:
+    """Raises InvalidArgument when it is not of this run."""
+    if routing.clustering != clustering_digest(clustering):
+        raise InvalidArgument(
+            f"routing_json.clustering: it was calibrated with another clustering model than run {run.name} has",
+            field="routing_json.clustering",
+        )
+    if routing.top_k > run.cluster_count:
+        raise InvalidArgument(
+            f"routing_json.top_k: {routing.top_k} is more than the {run.cluster_count} experts of run {run.name}",
+            field="routing_json.top_k",
+        )
 
 
 def _new_cluster(run: RunRecord, message: ad.NewCluster) -> NewCluster:

@@ -80,6 +80,7 @@ _ALLOWED: Mapping[str, Mapping[str, frozenset[Role]]] = {
             "CreateBaseline",
             "PauseRun",
             "ResumeRun",
+            "SetRunRouting",
             "DeleteRun",
             "SetVerification",
             "GetRunStatus",

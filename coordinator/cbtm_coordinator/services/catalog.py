@@ -17,6 +17,7 @@ from cbtm_common.files import FileSpec, safe_join
 from cbtm_common.ids import cluster_id
 from cbtm_common.recipe import Recipe
 from cbtm_common.routing import Router, load_router
+from cbtm_common.run_routing import RunRouting
 from cbtm_coordinator.services import convert, paging
 from cbtm_coordinator.services.auth import Role, caller
 from cbtm_coordinator.services.context import ServiceContext
@@ -144,7 +145,11 @@ class CatalogServicer(CatalogServiceServicer):
             whole = cs.ClusterWeight(cluster_id=cluster_id(run.id, 0), cluster_index=0, weight=1.0)
             return cs.RouteResponse(routings=[cs.Routing(weights=[whole]) for _ in request.texts])
         router = self._router(run, [e.file for e in entries])
-        default = Recipe.from_json(run.recipe_json).routing.temperature or router.temperature
+        default = (
+            RunRouting.from_json(run.routing_json).temperature
+            if run.routing_json
+            else Recipe.from_json(run.recipe_json).routing.temperature or router.temperature
+        )
         weights = router.weights(
             list(request.texts), top_k=request.top_k or None, temperature=request.temperature or default
         )

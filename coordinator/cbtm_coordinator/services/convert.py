@@ -36,6 +36,7 @@ def run(record: RunRecord) -> pb.Run:
         documents=record.documents,
         budget_tokens=record.budget_tokens,
         verification=pb.Verification.Value(f"VERIFICATION_{record.verification}"),
+        routing_json=record.routing_json,
     )
 
 

@@ -64,6 +64,7 @@ class RunRecord(_FromRow):
     documents: int
     budget_tokens: int
     verification: Verification
+    routing_json: str
     reason: str
     create_time: datetime
     update_time: datetime

@@ -13,6 +13,7 @@ from cbtm_common.errors import AlreadyExists, InvalidArgument, InvalidState, Not
 from cbtm_common.files import FileSpec
 from cbtm_common.ids import cluster_id, new_id
 from cbtm_common.recipe import Recipe
+from cbtm_common.run_routing import RunRouting
 from cbtm_coordinator.lifecycle import RunState, Verification, transition
 from cbtm_coordinator.store import events
 from cbtm_coordinator.store.records import ClusterRecord, NewCluster, NewShard, RunFile, RunRecord, ShardRecord
@@ -109,6 +110,17 @@ def set_paused(tx: Connection, now: datetime, run: RunRecord, paused: bool) -> R
 def set_verification(tx: Connection, now: datetime, run: RunRecord, verification: Verification) -> RunRecord:
     tx.execute(update(runs).where(runs.c.id == run.id).values(verification=verification.value, update_time=now))
     events.append(tx, now, "run.verification", run_id=run.id, detail={"verification": verification.value})
+    return get(tx, run.id)
+
+
+def set_routing(tx: Connection, now: datetime, run: RunRecord, routing: RunRouting | None) -> RunRecord:
+    """How its experts are mixed by default; None: as the recipe says."""
+    if run.state is RunState.DRAFT or run.baseline_of:
+        raise InvalidState(f"run {run.name} is a DRAFT, or a baseline: there is nothing to route between")
+    text = "" if routing is None else routing.to_json()
+    if text != run.routing_json:
+        tx.execute(update(runs).where(runs.c.id == run.id).values(routing_json=text, update_time=now))
+        events.append(tx, now, "run.routing", run_id=run.id, detail={} if routing is None else routing.model_dump())
     return get(tx, run.id)
 
 

@@ -8,7 +8,7 @@ import pytest
 from cbtm._routing import ContextRouter, Policy, RoutingOptions, fixed_weights, single_router
 from cbtm._text import TextState
 from cbtm_common.errors import InvalidArgument
-from tests.support.ensembles import WORDS, random_router
+from tests.support.ensembles import WORDS, learned_router, random_router
 
 IDS = ["c0", "c1", "c2", "c3"]
 
@@ -79,10 +79,15 @@ def test_settling_is_undone_by_name() -> None:
     assert router.with_options({"settle_after": "never"}).options.settle_after is None
 
 
-def test_a_context_without_a_known_term_has_the_prior() -> None:
-    router = router_of()
+@pytest.mark.parametrize("kind", ["centroid", "learned"])
+def test_a_context_without_a_known_term_has_the_prior_at_the_first_token_as_later(kind: str) -> None:
+    clustering = random_router(IDS)
+    router = ContextRouter(
+        clustering if kind == "centroid" else learned_router(clustering), Letters(), RoutingOptions(top_k=None)
+    )
     for ids in ([0], tokens("xyzzy the of 42")):
-        np.testing.assert_allclose(router.weights([router.start(ids)])[0], router.router.prior, atol=1e-6)  # type: ignore[attr-defined]
+        np.testing.assert_allclose(router.weights([router.start(ids)])[0], clustering.prior, atol=1e-6)
+        np.testing.assert_allclose(router.positions([*ids, 0], 1), [clustering.prior] * len(ids), atol=1e-6)
 
 
 def test_the_prompt_policy_routes_on_the_prompt_alone() -> None:
