@@ -100,3 +100,22 @@ def test_a_card_that_runs_out_of_memory_halves_the_micro_batch_and_goes_on(tmp_p
         assert trainer.placement.micro_batch < 128
     with Trainer(dataclasses.replace(job, micro_batch=8)) as trainer:
         assert curve == pytest.approx([trainer.train_step().loss for _ in range(recipe.steps)], abs=1e-3)
+
+
+@pytest.mark.usefixtures("small_card")
+def test_a_probe_finds_a_micro_batch_that_fits_and_the_next_task_knows_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = make_tiny_model(
+        tmp_path / "model", architecture="llama", vocab_size=VOCABULARY, hidden_size=512, layers=8, context=128
+    )
+    recipe = make_recipe(sequence_length=128, global_batch=512, dropout=0.0, steps=2)
+    job = make_job(tmp_path, recipe=recipe, model_dir=model, device="cuda", placement_cache=tmp_path / "cache.json")
+    with Trainer(dataclasses.replace(job, compile=False)) as trainer:
+        found = trainer.placement
+        trainer.train_step()
+        assert trainer.placement == found
+    assert 1 < found.micro_batch < 512
+    assert "does not fit" not in caplog.text
+    with Trainer(job) as trainer:
+        assert trainer.placement == found

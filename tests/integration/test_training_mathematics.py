@@ -125,6 +125,23 @@ def test_out_of_memory_halves_the_micro_batch_and_redoes_the_step(tmp_path: Path
     assert curve == losses(dataclasses.replace(job, micro_batch=2))[:3]
 
 
+def test_what_fitted_after_an_out_of_memory_is_known_to_the_next_task_of_this_model(tmp_path: Path) -> None:
+    cache = tmp_path / "cache.json"
+    job = make_job(tmp_path, recipe=make_recipe(global_batch=8), placement_cache=cache)
+    device = FailingDevice(fits=2)
+    with Trainer(job, before_micro_step=device) as trainer:
+        trainer.train_step()
+    device.seen.clear()
+    other = dataclasses.replace(job, recipe=make_recipe(global_batch=6), task_id="task_other", data_key="run-c0002")
+    with Trainer(other, before_micro_step=device) as trainer:
+        trainer.train_step()
+        assert trainer.placement.micro_batch == 2
+    assert device.seen == [(0, 0, 2), (0, 1, 2), (0, 2, 2)]
+    longer = dataclasses.replace(other, recipe=make_recipe(global_batch=6, sequence_length=32))
+    with Trainer(longer) as trainer:
+        assert trainer.placement.micro_batch == 6
+
+
 def test_out_of_memory_in_the_middle_of_a_step_leaves_no_half_gradient(tmp_path: Path) -> None:
     job = make_job(tmp_path, recipe=make_recipe(global_batch=8), micro_batch=2)
     calls = []

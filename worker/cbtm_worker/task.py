@@ -168,6 +168,7 @@ class TaskRunner:
             resume_dir=files.resume_dir,
             device=self._context.device,
             micro_batch=config.micro_batch,
+            placement_cache=config.cache_dir / "micro-batches.json",
             compile=config.compile,
         )
 

@@ -9,9 +9,9 @@ import pytest
 from cbtm_worker.train.memory import (
     Placement,
     after_out_of_memory,
-    first_micro_batch,
     largest_divisor,
     sequence_bytes,
+    sequences_that_fit,
 )
 
 
@@ -40,10 +40,25 @@ def test_a_model_that_cannot_recompute_gives_up_at_one() -> None:
     assert after_out_of_memory(Placement(micro_batch=1), global_batch=8, can_checkpoint=False)[0] is None
 
 
-def test_the_first_micro_batch_fills_the_memory_it_is_given() -> None:
-    assert first_micro_batch(32, free_bytes=10_000, bytes_per_sequence=1000) == 8
-    assert first_micro_batch(32, free_bytes=-5, bytes_per_sequence=1000) == 1
-    assert first_micro_batch(32, free_bytes=10**9, bytes_per_sequence=1000) == 32
+class Card:
+    """Memory in which a pass takes `fixed` bytes and `each` a sequence."""
+
+    def __init__(self, memory: int, *, fixed: int = 1000, each: int = 100) -> None:
+        self.memory, self.fixed, self.each = memory, fixed, each
+        self.passes: list[int] = []
+
+    def __call__(self, sequences: int) -> int | None:
+        self.passes.append(sequences)
+        peak = self.fixed + sequences * self.each
+        return peak if peak <= self.memory else None
+
+
+@pytest.mark.parametrize(("memory", "fits"), [(1099, 0), (1100, 1), (1199, 1), (1200, 1), (2000, 8), (10**6, 9190)])
+def test_two_passes_tell_how_many_sequences_fit(memory: int, fits: int) -> None:
+    card = Card(memory)
+    assert sequences_that_fit(card, budget=memory) == fits
+    assert card.passes in ([1], [1, 2])
+    assert fits < 2 or card(fits) is not None
 
 
 def test_a_sequence_of_a_large_model_is_counted_in_gigabytes() -> None:

@@ -36,8 +36,11 @@ class TrainJob:
     resume_dir: Path | None = None
     # "cpu", "cuda", "cuda:1".
     device: str = "cpu"
-    # Sequences a forward pass; the largest divisor of the global batch at or under it is used. None: by free memory.
+    # Sequences a forward pass; the largest divisor of the global batch at or under it is used. None: as the checkpoint
+    # was computed, or as was found to fit before, or by a probe of the device's memory.
     micro_batch: int | None = None
+    # File that keeps what was found to fit.
+    placement_cache: Path | None = None
     # Recompute activations in the backward pass: less memory, about a third more time. Turned on when even a
     # micro-batch of 1 does not fit.
     gradient_checkpointing: bool = False

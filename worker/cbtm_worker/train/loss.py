@@ -24,13 +24,20 @@ class Loss:
         self._model = model
         self._device = device
         self._half = half
+        # What the forward pass computes in.
+        self.precision = "bf16" if half else "fp32"
         self.is_compiled = compiled
-        self._sum: Callable[[torch.Tensor], torch.Tensor] = _compile(self._eager) if compiled else self._eager
+        self._sum: Callable[[torch.Tensor], torch.Tensor] = _compile(self._plain) if compiled else self._plain
 
     def __call__(self, tokens_bS: torch.Tensor) -> torch.Tensor:
         """Of sequences of inputs and, one further on, targets."""
-        with torch.autocast(self._device.type, dtype=torch.bfloat16) if self._half else contextlib.nullcontext():
+        with self._autocast():
             return self._sum(tokens_bS)
+
+    def eager(self, tokens_bS: torch.Tensor) -> torch.Tensor:
+        """The same, never compiled."""
+        with self._autocast():
+            return self._plain(tokens_bS)
 
     def give_up_compiling(self, error: RuntimeError) -> bool:
         """Goes on eagerly after an error of the compiler; False for any other error."""
@@ -40,10 +47,13 @@ class Loss:
             return False
         _log.warning("torch.compile does not work here, and training goes on without it: %s", str(error).split("\n")[0])
         self.is_compiled = False
-        self._sum = self._eager
+        self._sum = self._plain
         return True
 
-    def _eager(self, tokens_bS: torch.Tensor) -> torch.Tensor:
+    def _autocast(self) -> contextlib.AbstractContextManager[object]:
+        return torch.autocast(self._device.type, dtype=torch.bfloat16) if self._half else contextlib.nullcontext()
+
+    def _plain(self, tokens_bS: torch.Tensor) -> torch.Tensor:
         logits_bLV: torch.Tensor = self._model(input_ids=tokens_bS[:, :-1], use_cache=False).logits
         return cross_entropy(logits_bLV.flatten(0, 1).float(), tokens_bS[:, 1:].flatten(), reduction="sum")
 

@@ -6,6 +6,7 @@ recipe's whatever the cut.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 # float32 weights, gradients and AdamW's two moments.
@@ -13,6 +14,8 @@ STATE_BYTES_PER_PARAMETER = 16
 # Activations that a CPU's micro-batch may take: little, since caches reward it. A constant, so that the cut, and with
 # it rounding and dropout's draw, is the same on every CPU.
 CPU_ACTIVATION_BYTES = 128 << 20
+# Of the free memory; the rest is lost between the allocator's blocks, or taken by a display.
+_SHARE_USED = 0.92
 # Micro-batch to try first once activations are recomputed: they shrink about that much.
 _CHECKPOINTED_MICRO_BATCH = 8
 
@@ -41,9 +44,20 @@ def sequence_bytes(*, sequence_length: int, vocab_size: int, hidden_size: int, l
     return sequence_length * (activations + logits)
 
 
-def first_micro_batch(global_batch: int, *, free_bytes: int, bytes_per_sequence: int) -> int:
-    """Micro-batch to try first. Optimistic: a device that proves too small halves it."""
-    return largest_divisor(global_batch, max(1, free_bytes // max(1, bytes_per_sequence)))
+def sequences_that_fit(peak_bytes: Callable[[int], int | None], *, budget: int) -> int:
+    """How many sequences one pass may hold in `budget` bytes, from measured passes of one and two; 0 for not even one.
+
+    `peak_bytes` runs a pass of so many sequences: its peak memory, or None when memory ran out. A pass takes memory of
+    its own and as much again for each sequence, so two measurements tell all others.
+    """
+    one = peak_bytes(1)
+    if one is None:
+        return 0
+    two = peak_bytes(2)
+    if two is None:
+        return 1
+    each = max(1, two - one)
+    return max(1, (int(_SHARE_USED * budget) - (one - each)) // each)
 
 
 def after_out_of_memory(

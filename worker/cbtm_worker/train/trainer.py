@@ -24,7 +24,6 @@ import torch
 from cbtm_common import faults
 from cbtm_common.errors import IntegrityError, InvalidArgument, InvalidState
 from cbtm_common.recipe import Precision
-from cbtm_worker.train import memory
 from cbtm_worker.train.checkpoint import (
     MODEL,
     OPTIMIZER,
@@ -40,9 +39,11 @@ from cbtm_worker.train.data import Batches, ShardSet
 from cbtm_worker.train.errors import Diverged, OutOfDeviceMemory
 from cbtm_worker.train.job import StepResult, TrainJob
 from cbtm_worker.train.loss import Loss
+from cbtm_worker.train.memory import Placement
 from cbtm_worker.train.model import context_length, lacks_determinism, load_model, make_deterministic, vocabulary_size
 from cbtm_worker.train.optimizer import load_optimizer, make_optimizer, optimizer_tensors
 from cbtm_worker.train.order import draw_seed
+from cbtm_worker.train.placing import Placer
 from cbtm_worker.train.schedule import Schedule
 
 _log = logging.getLogger(__name__)
@@ -63,7 +64,6 @@ class Trainer:
         self._hook = before_micro_step
         self._device = _device(job.device)
         self._device_name = _device_name(self._device)
-        self._half = _computes_bf16(self._device) and recipe.precision is Precision.BF16
         self._schedule = Schedule.of(recipe, job.kind, job.total_steps)
         self._tokens = recipe.global_batch * recipe.sequence_length
         make_deterministic(self._device)
@@ -94,10 +94,17 @@ class Trainer:
         self._has_moments = True
         if resumed is not None and job.resume_dir is not None:
             self._load_moments(job.resume_dir, resumed)
-        self._placement = self._first_placement(resumed)
-        if self._placement.gradient_checkpointing:
-            self._checkpoint_activations()
-        self._loss_sum = Loss(self._model, device=self._device, half=self._half, compiled=self._first_compiled(resumed))
+        half = _computes_bf16(self._device) and recipe.precision is Precision.BF16
+        self._loss_sum = Loss(self._model, device=self._device, half=half, compiled=self._first_compiled(resumed))
+        self._placer = Placer(
+            job,
+            batch=recipe.global_batch,
+            model=model,
+            loss=self._loss_sum,
+            device=self._device,
+            device_name=self._device_name,
+        )
+        self._placement = self._placer.first(resumed)
         self._batches = Batches(
             shards,
             global_batch=recipe.global_batch,
@@ -116,14 +123,14 @@ class Trainer:
         return self._job.total_steps
 
     @property
-    def placement(self) -> memory.Placement:
-        """How steps are computed now; an out-of-memory changes it. Worth keeping for the next task of this model."""
+    def placement(self) -> Placement:
+        """How steps are computed now; an out-of-memory changes it."""
         return self._placement
 
     @property
     def precision(self) -> str:
         """What the forward pass computes in: "bf16" or "fp32"."""
-        return "bf16" if self._half else "fp32"
+        return self._loss_sum.precision
 
     @property
     def parameter_count(self) -> int:
@@ -222,23 +229,8 @@ class Trainer:
                 raise
         self._optimizer.zero_grad(set_to_none=True)
         if out_of_memory:
-            self._shrink()
+            self._placement = self._placer.smaller(self._placement)
         return None
-
-    def _shrink(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.empty_cache()
-        smaller, reason = memory.after_out_of_memory(
-            self._placement,
-            global_batch=self._job.recipe.global_batch,
-            can_checkpoint=bool(self._model.supports_gradient_checkpointing),
-        )
-        if smaller is None:
-            raise OutOfDeviceMemory(f"{self._job.device}: {reason}")
-        _log.warning("%s", reason)
-        if smaller.gradient_checkpointing and not self._placement.gradient_checkpointing:
-            self._checkpoint_activations()
-        self._placement = smaller
 
     def _gradient(self, batch_BS: torch.Tensor) -> torch.Tensor:
         recipe = self._job.recipe
@@ -288,38 +280,6 @@ class Trainer:
             # As it was computed, for the same bits.
             return resumed.compiled
         return self._device.type == "cuda"
-
-    def _first_placement(self, resumed: CheckpointState | None) -> memory.Placement:
-        job, batch = self._job, self._job.recipe.global_batch
-        if job.micro_batch is not None:
-            micro = memory.largest_divisor(batch, job.micro_batch)
-            return memory.Placement(micro_batch=micro, gradient_checkpointing=job.gradient_checkpointing)
-        if resumed is not None and resumed.device == self._device_name:
-            # The same cut gives the same bits as a run that was never interrupted.
-            return memory.Placement(
-                micro_batch=memory.largest_divisor(batch, resumed.micro_batch),
-                gradient_checkpointing=resumed.gradient_checkpointing or job.gradient_checkpointing,
-            )
-        config = self._model.config.get_text_config()
-        sequence = memory.sequence_bytes(
-            sequence_length=job.recipe.sequence_length,
-            vocab_size=vocabulary_size(self._model),
-            hidden_size=int(config.hidden_size),
-            layers=int(config.num_hidden_layers),
-            half=self._half,
-        )
-        free = memory.CPU_ACTIVATION_BYTES
-        if self._device.type == "cuda":
-            # Gradients are not allocated yet.
-            free = torch.cuda.mem_get_info(self._device)[0] - 4 * self.parameter_count
-        micro = memory.first_micro_batch(batch, free_bytes=free, bytes_per_sequence=sequence)
-        return memory.Placement(micro_batch=micro, gradient_checkpointing=job.gradient_checkpointing)
-
-    def _checkpoint_activations(self) -> None:
-        # The second name is what older releases of transformers have.
-        names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
-        enable = next(getattr(self._model, name) for name in names if hasattr(self._model, name))
-        enable({"use_reentrant": False})
 
     def _load_moments(self, directory: Path, resumed: CheckpointState) -> None:
         # A final checkpoint has no optimizer, and needs none: nothing is left to train.
