@@ -2,9 +2,10 @@
 
     python -m bench.clustering [--quick] [--corpus PATH ...] [--documents N] [--megabytes N ...]
 
-The rival is `bench.authors_clustering`. Both work on the same documents in turn, in the same run, with all cores. Time
-is taken from texts to a fitted model, and from texts to the cluster of each. k-means alone is given the same unit rows:
-embedded documents, repeated with noise where the corpus has too few, and the rival's inertia is set beside ours.
+The corpus of docs/results is FOLDER/train as `python -m bench.corpus FOLDER` makes it. The rival is
+`bench.authors_clustering`. Both work on the same documents in turn, in the same run, with all cores. Time is taken from
+texts to a fitted model, and from texts to the cluster of each. k-means alone is given the same unit rows: embedded
+documents, repeated with noise where the corpus has too few, and the rival's inertia is set beside ours.
 
 Memory is that of a process that draws a sample, fits, assigns, tokenizes and packs a corpus of so many megabytes (the
 given one, repeated with words changed at random): the most that it and its workers ever held, and how it grows.

@@ -2,12 +2,13 @@
 
     python -m bench.clustering_quality [--corpus PATH] [--documents N] [--seeds N] [--variants NAME ...] [--out FILE]
 
-A domain is a file of the corpus; no fit sees which file a document is of. Each seed draws half of the documents to fit
-on, and all documents are then assigned as a corpus is, to the nearest centroid. Shown for each way and K, as means over
-seeds: normalised mutual information with the domains (arithmetic mean), purity, the largest cluster's documents to the
-smallest's, and stability, the mutual information between the clusters of one seed and another. "authors" is
-`bench.authors_clustering`, "ours" the product's own `fit` and `assign`; all others are this file's, on the product's
-SVD and balanced k-means. Writes a table in Markdown.
+The corpus of docs/results is FOLDER/train as `python -m bench.corpus FOLDER` makes it. A domain is a file of it; no fit
+sees which file a document is of. Each seed draws half of the documents to fit on, and all documents are then assigned
+as a corpus is, to the nearest centroid. Shown for each way and K, as means over seeds: normalised mutual information
+with the domains (arithmetic mean), purity, the largest cluster's documents to the smallest's, and stability, the mutual
+information between the clusters of one seed and another. "authors" is `bench.authors_clustering`, "ours" the product's
+own `fit` and `assign`; all others are this file's, on the product's SVD and balanced k-means. Writes a table in
+Markdown.
 """
 
 from __future__ import annotations
