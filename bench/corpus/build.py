@@ -23,7 +23,7 @@ from bench.corpus.documents import (
 from bench.corpus.packages import Fetched, PackageCache, file_sha256
 from bench.corpus.sources import Catalogue, Domain, Package, Source
 from bench.corpus.unfinished import Finished, Unfinished, written_whole
-from cbtm_common.errors import AlreadyExists, InvalidArgument
+from cbtm_common.errors import AlreadyExists, InvalidArgument, NotFound
 
 PARTS = ("train", "valid")
 
@@ -63,8 +63,8 @@ Say = Callable[[str, int, int], None]
 def build(settings: Settings, say: Say) -> dict[str, Any]:
     """The manifest, once all is written. Goes on where an interrupted build was.
 
-    All packages are fetched before the first is read. Raises AlreadyExists where a corpus is, and the errors of
-    `PackageCache.fetch`, `read_files` and `Unfinished`.
+    All packages are fetched before the first is read. Raises AlreadyExists where a corpus is, NotFound
+    where a domain has no text, and the errors of `PackageCache.fetch`, `read_files` and `Unfinished`.
     """
     manifest_path = settings.out / "manifest.json"
     if manifest_path.exists():
@@ -140,14 +140,13 @@ def decode(path: str, content: bytes) -> str:
 
 
 def _write(domain: Domain, available: Sequence[Document], settings: Settings) -> dict[str, Any]:
-    """Writes the domain's files; its row of the manifest. Raises InvalidArgument where there is no document."""
+    """Writes the domain's files; its row of the manifest. Raises NotFound where there is no document."""
     cap = settings.cap_mb if domain.cap_mb is None else domain.cap_mb
     documents = chosen(available, domain.name, cap * 1e6)
     if not documents:
-        raise InvalidArgument(
+        raise NotFound(
             f"{domain.name}: its packages have no text where sources.toml looks for it; "
-            "they may be of another release of Debian than 12",
-            field="domains",
+            "they may be of another release of Debian than 12"
         )
     in_part: dict[str, list[Document]] = {part: [] for part in PARTS}
     for document, held_out in zip(documents, is_for_validation(documents), strict=True):

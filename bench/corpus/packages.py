@@ -69,7 +69,7 @@ class PackageCache:
             command = [sys.executable, "-m", "pip", "download", *options, f"{package.name}=={package.version}"]
         else:
             pattern = f"{package.name}-{package.version}.tgz"
-            command = ["npm", "pack", "--silent", f"{package.name}@{package.version}"]
+            command = ["npm", "pack", "--loglevel=error", f"{package.name}@{package.version}"]
         found = sorted(folder.glob(pattern)) or _download(package, command, folder, pattern)
         return Fetched(package=package, version=package.version, path=found[-1])
 

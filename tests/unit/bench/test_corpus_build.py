@@ -21,7 +21,7 @@ from bench.corpus.build import Settings, build, decode
 from bench.corpus.formats import FORMATS
 from bench.corpus.packages import PackageCache
 from bench.corpus.sources import Catalogue, Package
-from cbtm_common.errors import AlreadyExists, IntegrityError, InvalidArgument, InvalidState, Unavailable
+from cbtm_common.errors import AlreadyExists, IntegrityError, InvalidArgument, InvalidState, NotFound, Unavailable
 
 SENTENCE = "This is sentence number {} of the text, which is made up, and says no more than that it is there. "
 TEXT = "\n\n".join(SENTENCE.format(i) * 3 for i in range(60))
@@ -190,7 +190,7 @@ def test_a_package_is_fetched_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     for _ in range(2):
         fetched = PackageCache(tmp_path / "cache").fetch(package)
     assert fetched.tag == "npm:code@2.0"
-    assert (tmp_path / "calls").read_text() == "pack --silent code@2.0\n"
+    assert (tmp_path / "calls").read_text() == "pack --loglevel=error code@2.0\n"
     assert list((tmp_path / "cache" / "npm").iterdir()) == [fetched.path]
 
 
@@ -279,5 +279,5 @@ def test_text_is_utf_8_or_else_latin_1() -> None:
 
 def test_a_release_that_lacks_the_files_is_said(settings: Settings) -> None:
     (settings.cache / "npm" / "code-2.0.tgz").write_bytes(tgz({"package/readme": TEXT}))
-    with pytest.raises(InvalidArgument, match="b_code: its packages have no text"):
+    with pytest.raises(NotFound, match="b_code: its packages have no text"):
         build(settings, nothing)
