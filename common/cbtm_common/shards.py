@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cbtm_common.errors import IntegrityError
+from cbtm_common.safetensors_header import SafetensorsHeader, read_header
 
 FORMAT = "cbtm-shard-1"
 MAX_SHARD_BYTES = 64 * 1024 * 1024
@@ -89,61 +90,44 @@ def read_shard(path: Path) -> TokenShard:
     size = path.stat().st_size
     if size > MAX_SHARD_BYTES:
         raise IntegrityError(f"{path}: a token shard of {size} bytes is over the limit of {MAX_SHARD_BYTES}")
-    try:
-        header, start = _header(path, size)
-        metadata = header["__metadata__"]
-        if metadata["format"] != FORMAT:
-            raise IntegrityError(f"{path}: format is {metadata['format']!r}, not {FORMAT!r}")
-        vocab_size, eos = int(metadata["vocab_size"]), int(metadata["eos_token_id"])
-        if set(header) != {"__metadata__", "tokens", "document_offsets"}:
-            raise IntegrityError(f"{path}: holds {sorted(header)}, not tokens and document_offsets")
-        tokens = _tensor(path, header["tokens"], start, size)
-        offsets = _tensor(path, header["document_offsets"], start, size)
-        _check_layout(path, header, size - start)
-    except (LookupError, ValueError, TypeError, ArithmeticError, RecursionError, struct.error) as error:
-        raise IntegrityError(f"{path}: is not a token shard: {error!r}") from error
+    header = read_header(path, limit=_MAX_HEADER_BYTES)
+    metadata = header.metadata
+    if metadata.get("format") != FORMAT:
+        raise IntegrityError(f"{path}: format is {metadata.get('format')!r}, not {FORMAT!r}")
+    if set(header.tensors) != {"tokens", "document_offsets"}:
+        raise IntegrityError(f"{path}: holds {sorted(header.tensors)[:8]}, not tokens and document_offsets")
+    tokens = _tensor(path, header, "tokens", ("U16", "U32"))
+    offsets = _tensor(path, header, "document_offsets", ("I64",))
+    vocab_size, eos = (_whole_number(path, metadata, name) for name in ("vocab_size", "eos_token_id"))
     _check(path, tokens, offsets, vocab_size=vocab_size, eos=eos)
     return TokenShard(tokens=tokens, document_offsets=offsets, eos_token_id=eos, vocab_size=vocab_size)
 
 
-def _header(path: Path, size: int) -> tuple[dict[str, Any], int]:
-    with path.open("rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        if length > min(_MAX_HEADER_BYTES, size - 8):
-            raise IntegrityError(f"{path}: a header of {length} bytes is too large")
-        header = json.loads(file.read(length))
-    if not isinstance(header, dict):
-        raise IntegrityError(f"{path}: its header is not an object")
-    return header, 8 + length
+def _whole_number(path: Path, metadata: Mapping[str, str], name: str) -> int:
+    text = metadata.get(name, "")
+    if not (text.isascii() and text.isdigit() and len(text) <= 10):
+        raise IntegrityError(f"{path}: {name} is {text[:40]!r}, not a whole number")
+    return int(text)
 
 
-def _check_layout(path: Path, header: dict[str, Any], payload: int) -> None:
-    """The two tensors fill the payload, one after the other: no byte of it has two meanings, or none."""
-    spans = sorted(tuple(header[name]["data_offsets"]) for name in ("tokens", "document_offsets"))
-    if spans[0][0] != 0 or spans[0][1] != spans[1][0] or spans[1][1] != payload:
-        raise IntegrityError(f"{path}: tensors at {spans} do not fill its {payload} bytes, each byte once")
-
-
-def _tensor(path: Path, entry: dict[str, Any], start: int, size: int) -> npt.NDArray[Any]:
-    dtype = _DTYPES[str(entry["dtype"])]
-    shape, span = entry["shape"], entry["data_offsets"]
-    if not (isinstance(shape, list) and len(shape) == 1 and isinstance(span, list) and len(span) == 2):
-        raise IntegrityError(f"{path}: a tensor of shape {shape} at {span} where one dimension is expected")
-    count, begin, end = int(shape[0]), int(span[0]), int(span[1])
-    if count < 0 or begin < 0 or end - begin != count * dtype.itemsize or start + end > size:
-        raise IntegrityError(f"{path}: a tensor at {span} does not fit a file of {size} bytes")
-    if count == 0:
+def _tensor(path: Path, header: SafetensorsHeader, name: str, dtypes: Sequence[str]) -> npt.NDArray[Any]:
+    entry = header.tensors[name]
+    if entry.dtype not in dtypes or len(entry.shape) != 1:
+        raise IntegrityError(
+            f"{path}: {name} is {entry.dtype} {list(entry.shape)}, not one dimension of {' or '.join(dtypes)}"
+        )
+    dtype = _DTYPES[entry.dtype]
+    if entry.count == 0:
         return np.zeros(0, dtype=dtype)
-    return np.memmap(path, dtype=dtype, mode="r", offset=start + begin, shape=(count,))
+    return np.memmap(path, dtype=dtype, mode="r", offset=header.payload + entry.begin, shape=entry.shape)
 
 
 def _check(path: Path, tokens: npt.NDArray[Any], offsets: npt.NDArray[np.int64], *, vocab_size: int, eos: int) -> None:
-    if offsets.dtype != np.dtype("<i8") or tokens.dtype not in (_DTYPES["U16"], _DTYPES["U32"]):
-        raise IntegrityError(f"{path}: dtypes {tokens.dtype} and {offsets.dtype} are not a token shard's")
     if len(tokens) == 0 or len(offsets) == 0 or offsets[0] != 0:
         raise IntegrityError(f"{path}: is empty, or its first document does not start at 0")
     ends = np.append(offsets[1:], len(tokens))
-    if not (np.diff(ends, prepend=0) > 0).all() or offsets[-1] >= len(tokens):
+    # Compared, not subtracted: the difference of two offsets may overflow.
+    if not (ends > offsets).all():
         raise IntegrityError(f"{path}: document_offsets do not ascend within the tokens")
     if int(tokens.max()) >= vocab_size:
         raise IntegrityError(f"{path}: token id {int(tokens.max())} is outside a vocabulary of {vocab_size}")

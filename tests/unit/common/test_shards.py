@@ -97,7 +97,7 @@ def test_any_truncation_is_refused(good: bytes) -> None:
 
 
 def test_bytes_after_the_end_are_refused(good: bytes) -> None:
-    refused(good + b"\0\0", "fill")
+    refused(good + b"\0\0", "payload")
 
 
 @pytest.mark.parametrize(
@@ -113,6 +113,7 @@ def test_bytes_after_the_end_are_refused(good: bytes) -> None:
         ([5, EOS, 6, EOS], [0, 9], "ascend"),
         ([5, EOS, 6, EOS], [0, -1], "ascend"),
         ([5, EOS, 6, EOS], [0, 2**62], "ascend"),
+        ([5, EOS, 6, EOS], [0, 2**63 - 1, -2], "ascend"),
         ([5, EOS], [], "empty"),
         ([], [0], "empty"),
     ],
