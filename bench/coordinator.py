@@ -14,11 +14,12 @@ from __future__ import annotations
 import argparse
 import asyncio
 import hashlib
+import json
 import secrets
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -37,12 +38,15 @@ from cbtm_common.ids import hash_secret, new_id, new_request_id
 from cbtm_common.recipe import Recipe
 from cbtm_common.rpc import CHANNEL_OPTIONS
 from cbtm_coordinator.storage import LocalStore, UrlSigner
-from cbtm_coordinator.store import Store, accounts, experts, identities, runs, tasks
+from cbtm_coordinator.store import Store, accounts, experts, identities, runs, structure, tasks
 from cbtm_coordinator.store.records import NewCluster
+from cbtm_coordinator.structure.architecture import Architecture
+from cbtm_coordinator.structure.manifest import STATE_FORMAT
 from tests.support.postgres import running_postgres
 
 HARDWARE = pb.Hardware(device_type="cpu", device_name="simulated", cpu_count=1)
 RENEW_SECONDS = 30.0
+RECIPE = Recipe.model_validate({"steps": 1_000_000, "lease": {"lease_seconds": 3600, "renew_seconds": RENEW_SECONDS}})
 # Calls in flight while as many as possible are made.
 SATURATION = 64
 CYCLES_IN_FLIGHT = 32
@@ -56,6 +60,8 @@ class Simulated:
     lease_id: str = ""
     epoch: int = 0
     committed_step: int = 0
+    # Fields of state.json that the coordinator checks, but for the step.
+    state: Mapping[str, object] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,22 +75,20 @@ class Target:
 
 
 def fill(store: Store, *, open_tasks: int, name: str) -> str:
-    """A run with `open_tasks` PENDING tasks; its id."""
-    recipe = Recipe.model_validate(
-        {"steps": 1_000_000, "lease": {"lease_seconds": 3600, "renew_seconds": RENEW_SECONDS}}
-    )
+    """A run with `open_tasks` PENDING tasks, whose models have no tensors, so that a checkpoint is one small file."""
     with store.writing() as tx:
         now = store.now()
-        run = runs.create(tx, now, name=name, cluster_count=open_tasks, recipe=recipe, from_scratch=False)
+        run = runs.create(tx, now, name=name, cluster_count=open_tasks, recipe=RECIPE, from_scratch=False)
         new = [
             NewCluster(cluster_index=i, documents=1, top_terms=[], examples=[], shards=[]) for i in range(open_tasks)
         ]
         runs.register_clusters(tx, run, new)
         runs.change_state(tx, now, runs.get(tx, run.id), "register", "")
         run = runs.get(tx, run.id)
-        tasks.create_tasks(tx, now, run, seed_steps=0, expert_steps=recipe.steps)
+        tasks.create_tasks(tx, now, run, seed_steps=0, expert_steps=RECIPE.steps)
         seed = [FileSpec(path="config.json", key=f"runs/{run.id}/base/config.json", size=1, sha256="0" * 64)]
         experts.add(tx, now, run_id=run.id, cluster_id=None, cluster_index=-1, files=seed)
+        structure.add_architecture(tx, run.id, Architecture(tensors={}, trained={}).to_json())
         runs.change_state(tx, now, run, "start_training", "")
     return run.id
 
@@ -142,6 +146,14 @@ class Load:
             lease_id=answer.lease.id,
             epoch=answer.lease.epoch,
             committed_step=answer.spec.task.committed_step,
+            state={
+                "format": STATE_FORMAT,
+                "task_id": answer.spec.task.id,
+                "kind": "expert",
+                "total_steps": answer.spec.task.total_steps,
+                "recipe_sha256": RECIPE.training_sha256(),
+                "data_key": answer.spec.task.cluster_id,
+            },
         )
 
     async def renew(self, worker: Simulated, step: int) -> None:
@@ -239,10 +251,10 @@ def placing(folder: Path) -> Send:
 async def cycle(load: Load, send: Send, worker: Simulated) -> None:
     """One task from claim to release, with a checkpoint of one small file that is really there and verified."""
     held = await load.acquire(worker)
-    data = f'{{"lease": "{held.lease_id}"}}'.encode()
+    step = held.committed_step + 1
+    data = json.dumps({**held.state, "step": step, "lease": held.lease_id}).encode()
     file = pb.FileSpec(path="state.json", size=len(data), sha256=hashlib.sha256(data).hexdigest())
     lease = {"lease_id": held.lease_id, "epoch": held.epoch}
-    step = held.committed_step + 1
     prepared = await load.call(
         "PrepareUpload", held, ws.PrepareUploadRequest(request_id=new_request_id(), step=step, files=[file], **lease)
     )

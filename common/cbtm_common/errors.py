@@ -5,6 +5,7 @@
     ├── NotFound             NOT_FOUND            no such run, cluster, task, worker, object
     ├── AlreadyExists        ALREADY_EXISTS       the name is taken
     ├── InvalidState         FAILED_PRECONDITION  not in this state
+    ├── CheckpointRejected   FAILED_PRECONDITION  its content is no honest work of this task; it will not be taken again
     ├── LeaseLost            ABORTED              the lease's epoch is stale, or it ended
     ├── Unauthenticated      UNAUTHENTICATED      no valid token or credential
     ├── PermissionDenied     PERMISSION_DENIED    a valid one, without this right
@@ -69,6 +70,13 @@ class InvalidState(CbtmError):
     reason = "INVALID_STATE"
 
 
+class CheckpointRejected(CbtmError):
+    """`metadata` is the evidence: the check that failed, the file and tensor, what was found and what is allowed."""
+
+    code = "FAILED_PRECONDITION"
+    reason = "CHECKPOINT_REJECTED"
+
+
 class LeaseLost(CbtmError):
     code = "ABORTED"
     reason = "LEASE_LOST"
@@ -124,6 +132,7 @@ ALL_ERRORS: tuple[type[CbtmError], ...] = (
     NotFound,
     AlreadyExists,
     InvalidState,
+    CheckpointRejected,
     LeaseLost,
     Unauthenticated,
     PermissionDenied,

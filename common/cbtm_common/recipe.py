@@ -6,6 +6,7 @@ is written in TOML, travels as canonical JSON, and is part of what a checkpoint 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import tomllib
 from enum import StrEnum
@@ -131,6 +132,19 @@ class Recipe(_Strict):
     def to_json(self) -> str:
         """Canonical: sorted keys, no spaces; equal recipes give equal strings."""
         return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+
+    def training_sha256(self) -> str:
+        """Digest of what the recipe says about training, which checkpoints carry.
+
+        Leases, routing and the held-out split do not touch weights. Fields at their default are left out, so that a
+        later version's new field leaves the digests of older recipes as they were.
+        """
+        said = self.model_dump(mode="json", exclude={"lease", "routing", "held_out_fraction"}, exclude_defaults=True)
+        return hashlib.sha256(json.dumps(said, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+    def peak_learning_rate(self, *, seed: bool) -> float:
+        """The highest rate of the schedule: a SEED task may have one of its own."""
+        return (self.seed_phase.learning_rate if seed else None) or self.optimizer.learning_rate
 
     @classmethod
     def from_json(cls, text: str) -> Recipe:

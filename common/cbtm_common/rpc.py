@@ -52,7 +52,8 @@ CHANNEL_OPTIONS: Sequence[tuple[str, int]] = (
     ("grpc.initial_reconnect_backoff_ms", 200),
 )
 
-_BY_CODE: dict[str, type[CbtmError]] = {error.code: error for error in ALL_ERRORS}
+# Of several with one code, the first stands for a reason that is not known here.
+_BY_CODE: dict[str, type[CbtmError]] = {error.code: error for error in reversed(ALL_ERRORS)}
 # Codes that only gRPC itself makes.
 _BY_CODE |= {"UNKNOWN": InternalError, "OUT_OF_RANGE": InvalidArgument}
 _BY_REASON: dict[str, type[CbtmError]] = {error.reason: error for error in ALL_ERRORS}

@@ -11,7 +11,6 @@ allocated. Only the header is read here, and nothing is executed. Every fault is
 
 from __future__ import annotations
 
-import json
 import math
 import struct
 from collections.abc import Mapping
@@ -19,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from cbtm_common import strict_json
 from cbtm_common.errors import IntegrityError
 
 # Of header text: a model of 100,000 tensors takes about as much.
@@ -92,8 +92,8 @@ def header_bytes(prefix: bytes, *, file_bytes: int, limit: int = MAX_HEADER_BYTE
 def parse_header(text: bytes, *, file_bytes: int, where: object = "file") -> SafetensorsHeader:
     """The header whose JSON is `text`, of a file of `file_bytes` in all. Raises IntegrityError."""
     try:
-        header = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:
+        header = strict_json.loads(text)
+    except ValueError as error:
         raise IntegrityError(f"{where}: its safetensors header is not JSON: {error}") from error
     if not isinstance(header, dict):
         _fail(where, "its safetensors header is not an object")
@@ -147,17 +147,6 @@ def _entry(where: object, name: str, given: Any) -> TensorEntry:
 def _is_lengths(value: Any) -> bool:
     """Whether it is a list of integers from 0 to 2^63 - 1; JSON's true is an int to Python."""
     return isinstance(value, list) and all(type(item) is int and 0 <= item < 1 << 63 for item in value)
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a name stands twice in one object")
-    return found
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON")
 
 
 def _fail(where: object, what: str) -> NoReturn:

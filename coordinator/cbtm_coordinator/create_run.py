@@ -8,6 +8,7 @@ bounded whatever the corpus: the sample, one batch of documents, and the seed mo
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -257,7 +258,12 @@ class _Maker:
             folder = self._work / name
             self._upload(run.id, kind, {spec.path: (folder / spec.path, spec) for spec in describe(folder)}, name)
         self._register(run.id, fitted, shards, stats)
-        start = ad.StartRunRequest(request_id=new_request_id(), run_id=run.id, model_parameters=base.parameters)
+        start = ad.StartRunRequest(
+            request_id=new_request_id(),
+            run_id=run.id,
+            model_parameters=base.parameters,
+            trained_parameters_json=json.dumps(base.trained) if base.trained is not None else "",
+        )
         patiently(lambda: self._connection.admin.StartRun(start, timeout=600))
 
     def _models(self) -> tuple[seed_model.BaseModel, Any]:

@@ -49,7 +49,7 @@ class LeaseState(StrEnum):
     RELEASED = "RELEASED"
     # Not renewed in time, or renewed without progress; set by the coordinator.
     EXPIRED = "EXPIRED"
-    # Taken away by the owner: the worker or the run was revoked, deleted or requeued.
+    # Taken away: by the owner, who revoked the worker or requeued the task, or with a checkpoint that was rejected.
     REVOKED = "REVOKED"
 
 
@@ -60,7 +60,7 @@ class CheckpointState(StrEnum):
     COMMITTED = "COMMITTED"
     # The final one, now an expert's.
     ACCEPTED = "ACCEPTED"
-    # Refused on its content.
+    # Refused on its content by the coordinator, with the reason; its objects are deleted.
     REJECTED = "REJECTED"
     # Superseded; its objects are deleted.
     PRUNED = "PRUNED"
@@ -140,7 +140,8 @@ TRANSITIONS: Mapping[type[State], Mapping[tuple[State, str], Transition]] = {
         # A late final checkpoint, from a lease that expired and has no successor.
         (TaskState.PENDING, "submit"): _to(TaskState.SUBMITTED, _WORKER),
         (TaskState.SUBMITTED, "accept"): _to(TaskState.DONE, _COORDINATOR),
-        # Work on it was shown to be false, or its worker is quarantined: what was committed before still counts.
+        # Work on it was refused on its content or shown to be false, or its worker is quarantined: what was committed
+        # before still counts.
         (TaskState.LEASED, "reject"): _to(TaskState.PENDING, _COORDINATOR),
         (TaskState.PENDING, "reject"): _to(TaskState.PENDING, _COORDINATOR),
         (TaskState.SUBMITTED, "reject"): _to(TaskState.PENDING, _COORDINATOR),
@@ -159,7 +160,7 @@ TRANSITIONS: Mapping[type[State], Mapping[tuple[State, str], Transition]] = {
         (LeaseState.LIVE, "release"): _to(LeaseState.RELEASED, _WORKER),
         (LeaseState.LIVE, "expire"): _to(LeaseState.EXPIRED, _COORDINATOR),
         (LeaseState.LIVE, "revoke"): _to(LeaseState.REVOKED, _OWNER),
-        # What it built on was rejected, or its check is not needed any more.
+        # It handed in what no honest worker does, what it built on was rejected, or its check is not needed any more.
         (LeaseState.LIVE, "reject"): _to(LeaseState.REVOKED, _COORDINATOR),
     },
     CheckpointState: {

@@ -30,6 +30,7 @@ from cbtm_coordinator.services.commit import Verifier
 from cbtm_coordinator.services.context import ServiceContext
 from cbtm_coordinator.services.interceptors import ServerInterceptor
 from cbtm_coordinator.services.reaper import Reaper
+from cbtm_coordinator.services.structure import Structures
 from cbtm_coordinator.services.worker import WorkerServicer
 from cbtm_coordinator.storage import LocalStore, StorageConfig, load_or_create_key, open_object_store
 from cbtm_coordinator.store import Store
@@ -80,6 +81,7 @@ class Coordinator:
             version=version("cbtm"),
         )
         self._verifier = Verifier(self.objects, part_size=context.part_size)
+        self._structures = Structures(self.store, self.objects)
         self._health = health.HealthServicer()
         self._grpc = self._build(context)
         self.port = self._bind()
@@ -100,9 +102,11 @@ class Coordinator:
             interceptors=[interceptor],
             options=_SERVER_OPTIONS,
         )
-        worker_service_pb2_grpc.add_WorkerServiceServicer_to_server(WorkerServicer(context, self._verifier), server)
+        worker_service_pb2_grpc.add_WorkerServiceServicer_to_server(
+            WorkerServicer(context, self._verifier, self._structures), server
+        )
         catalog_service_pb2_grpc.add_CatalogServiceServicer_to_server(CatalogServicer(context), server)
-        admin_service_pb2_grpc.add_AdminServiceServicer_to_server(AdminServicer(context), server)
+        admin_service_pb2_grpc.add_AdminServiceServicer_to_server(AdminServicer(context, self._structures), server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         reflection.enable_server_reflection(_SERVICES, server)
         return server

@@ -352,6 +352,22 @@ Index("ix_checks_subject", checks.c.subject_id)
 Index("ix_checks_checkpoint", checks.c.checkpoint_id)
 Index("ix_checks_base", checks.c.base_id)
 
+# What the models of a run look like, as learned from its base model (`structure.architecture`).
+architectures = Table(
+    "architectures",
+    metadata,
+    _ref("run_id", "runs", primary_key=True),
+    Column("architecture_json", Text, nullable=False),
+)
+
+# How large the weights of a committed checkpoint are, tensor by tensor: the next one is compared with them.
+checkpoint_sizes = Table(
+    "checkpoint_sizes",
+    metadata,
+    _ref("checkpoint_id", "checkpoints", primary_key=True),
+    Column("sizes_json", Text, nullable=False),
+)
+
 experts = Table(
     "experts",
     metadata,

@@ -142,7 +142,7 @@ def test_a_baseline_trains_on_every_cluster_as_long_as_all_of_them_together(
     with pytest.raises(InvalidState, match="web-dense"):
         _delete(admin, "web")
     with contextlib.closing(RawWorker(coordinator)) as worker:
-        answer = worker.calls.AcquireLease(ws.AcquireLeaseRequest(request_id=new_request_id(), run="web-dense"))
+        answer = worker.acquire(run="web-dense")
         assert answer.spec.task.total_steps == 3 * STEPS
         shards = worker.calls.ListTaskShards(
             ws.ListTaskShardsRequest(lease_id=answer.lease.id, epoch=answer.lease.epoch)

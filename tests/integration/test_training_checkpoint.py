@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from cbtm_common import faults
 from cbtm_common.errors import IntegrityError, InvalidState, ResourceExhausted
 from cbtm_common.recipe import LeaseRecipe
-from cbtm_worker.train import Snapshot, Trainer, read_state, recipe_sha256, write_checkpoint
+from cbtm_worker.train import Snapshot, Trainer, read_state, write_checkpoint
 from cbtm_worker.train import checkpoint as checkpoint_module
 from tests.support.models import Architecture
 from tests.support.training import make_job, make_recipe
@@ -63,7 +63,7 @@ def test_a_checkpoint_holds_the_state_and_a_final_one_only_the_model(tmp_path: P
     state = json.loads((tmp_path / "c" / "state.json").read_text())
     assert state["format"] == "cbtm-checkpoint-1"
     assert (state["step"], state["total_steps"], state["data_key"]) == (1, 8, "run-c0001")
-    assert state["recipe_sha256"] == recipe_sha256(make_recipe())
+    assert state["recipe_sha256"] == make_recipe().training_sha256()
     assert state["loss"] > 0
     names = load_file(tmp_path / "c" / "optimizer.safetensors").keys()
     assert "transformer.wte.weight.exp_avg" in names
@@ -134,8 +134,9 @@ def test_a_disk_that_fills_while_writing_is_told_and_cleaned_up(
 
 def test_what_does_not_touch_training_does_not_touch_the_recipes_digest() -> None:
     recipe = make_recipe()
-    assert recipe_sha256(recipe) == recipe_sha256(recipe.model_copy(update={"lease": LeaseRecipe(lease_seconds=999)}))
-    assert recipe_sha256(recipe) != recipe_sha256(recipe.model_copy(update={"seed": 6}))
+    digest = recipe.training_sha256()
+    assert recipe.model_copy(update={"lease": LeaseRecipe(lease_seconds=999)}).training_sha256() == digest
+    assert recipe.model_copy(update={"seed": 6}).training_sha256() != digest
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ from cbtm_common.rpc import Connection
 from cbtm_common.run_routing import RunRouting, clustering_digest
 from cbtm_common.shards import write_shard
 from cbtm_common.transfer import Transfer
+from tests.support.checkpoints import base_tensors, moments, stamp, write_model
 from tests.support.coordinator import RunningCoordinator
 
 STEPS = 10
@@ -100,8 +101,7 @@ def _run_files(run: pb.Run, work: Path, clusters: int) -> dict[ad.RunFileKind.Va
     for folder in (tokenizer, base, router):
         folder.mkdir(parents=True)
     (tokenizer / "tokenizer.json").write_text("{}")
-    (base / "config.json").write_text("{}")
-    save_file({"weight": np.ones((5, 5), np.float32)}, base / "model.safetensors")
+    write_model(base, base_tensors())
     terms = [f"term{index}" for index in range(clusters)]
     CentroidRouter(
         cluster_ids=[cluster_id(run.id, index) for index in range(clusters)],
@@ -138,14 +138,12 @@ def _clusters(folder: Path, count: int) -> list[ad.NewCluster]:
 
 
 def checkpoint_folder(folder: Path, *, salt: int = 0, final: bool = False) -> Path:
-    """The files of a checkpoint, as a worker writes them; those of another `salt` differ."""
-    model = folder / "model"
-    model.mkdir(parents=True)
-    (model / "config.json").write_text("{}")
-    save_file({"weight": np.full((5, 5), salt, np.float32)}, model / "model.safetensors")
-    (folder / "state.json").write_text(f'{{"salt":{salt}}}')
+    """The files of a checkpoint, as a worker writes them, of no task yet; those of another `salt` differ."""
+    tensors = base_tensors(salt)
+    write_model(folder / "model", tensors)
+    (folder / "state.json").write_text("{}")
     if not final:
-        save_file({"exp_avg": np.full((5, 5), salt, np.float32)}, folder / "optimizer.safetensors")
+        save_file(moments(tensors, 0), folder / "optimizer.safetensors")
     return folder
 
 
@@ -161,9 +159,14 @@ class RawWorker:
         self.connection.credential = registered.credential
         self.calls = self.connection.worker
         self.transfer = Transfer(base_url=lambda: self.connection.http_base)
+        # By task id, of all leases that it got.
+        self.specs: dict[str, ws.TaskSpec] = {}
 
-    def acquire(self, request_id: str = "") -> ws.AcquireLeaseResponse:
-        return self.calls.AcquireLease(ws.AcquireLeaseRequest(request_id=request_id or new_request_id()))
+    def acquire(self, request_id: str = "", *, run: str = "") -> ws.AcquireLeaseResponse:
+        answer = self.calls.AcquireLease(ws.AcquireLeaseRequest(request_id=request_id or new_request_id(), run=run))
+        if answer.HasField("lease"):
+            self.specs[answer.lease.task_id] = answer.spec
+        return answer
 
     def lease(self) -> pb.Lease:
         """A lease that must be there to get."""
@@ -183,7 +186,8 @@ class RawWorker:
         )
 
     def upload(self, lease: pb.Lease, step: int, folder: Path) -> ws.PrepareUploadResponse:
-        """Prepares and sends all files of a checkpoint."""
+        """Makes a folder's checkpoint one of the lease's task, prepares and sends all its files."""
+        stamp(folder, self.specs[lease.task_id], step)
         prepared = self.prepare(lease, step, [spec.to_proto() for spec in describe(folder)])
         for upload in prepared.uploads:
             self.transfer.upload(upload, folder / upload.file.path)

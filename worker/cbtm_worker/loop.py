@@ -15,6 +15,7 @@ from cbtm_common.cache import ContentCache
 from cbtm_common.errors import (
     RETRYABLE,
     CbtmError,
+    CheckpointRejected,
     InternalError,
     LeaseLost,
     NotFound,
@@ -219,7 +220,9 @@ class Worker:
             point("worker.acquire.after")
             outcome = TaskRunner(self._context, held, answer.spec, heartbeat, continued=continued).run()
         except Exception as error:  # noqa: BLE001  # whatever happens to one task, the next may go well
-            self._give_up(held, task, what, heartbeat.lost or error)
+            # A rejection ends the lease, and says more than that it is lost.
+            rejected = isinstance(error, CheckpointRejected)
+            self._give_up(held, task, what, error if rejected else heartbeat.lost or error)
             return
         finally:
             heartbeat.close()
@@ -273,6 +276,8 @@ class Worker:
             point("worker.release.before")
             self._session.release(held, reason, detail)
             point("worker.release.after_call")
+        except LeaseLost as error:
+            _log.info("the lease is over already: %s", error.message)
         except CbtmError as error:
             self._display.say(f"the lease could not be given back ({error.message}); it ends by itself")
         self._lease_path.unlink(missing_ok=True)

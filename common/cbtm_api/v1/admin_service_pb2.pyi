@@ -269,20 +269,26 @@ class StartRunRequest(_message.Message):
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     RUN_ID_FIELD_NUMBER: _builtins.int
     MODEL_PARAMETERS_FIELD_NUMBER: _builtins.int
+    TRAINED_PARAMETERS_JSON_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     run_id: _builtins.str
     model_parameters: _builtins.int
     """Parameters of the base model, for workers that size themselves."""
+    trained_parameters_json: _builtins.str
+    """Names and shapes of the parameters that are trained, as a JSON object; empty when they are the tensors of the base
+    model's files. Checkpoints are checked against them.
+    """
     def __init__(
         self,
         *,
         request_id: _builtins.str = ...,
         run_id: _builtins.str = ...,
         model_parameters: _builtins.int = ...,
+        trained_parameters_json: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["model_parameters", b"model_parameters", "request_id", b"request_id", "run_id", b"run_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model_parameters", b"model_parameters", "request_id", b"request_id", "run_id", b"run_id", "trained_parameters_json", b"trained_parameters_json"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -11,23 +11,29 @@ import contextlib
 import json
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from cbtm_common.cli import human_bytes
 from cbtm_common.errors import InvalidArgument, ResourceExhausted
+from cbtm_common.safetensors_header import read_header
 
 
 @dataclass(frozen=True, kw_only=True)
 class BaseModel:
-    """`directory` holds config.json and safetensors; `context` is the longest sequence, in tokens."""
+    """`directory` holds config.json and safetensors; `context` is the longest sequence, in tokens.
+
+    `trained` are the shapes of its parameters by the names that its modules give them, where the files have others, as
+    those of fused experts; else None.
+    """
 
     directory: Path
     parameters: int
     vocab_size: int
     context: int | None
+    trained: dict[str, list[int]] | None = None
 
 
 def fetch_prefix(location: str, target: Path) -> Path:
@@ -189,7 +195,17 @@ def _save(model: Any, output: Path) -> BaseModel:
     vars(model.config).pop("auto_map", None)
     with _quiet():
         model.save_pretrained(output)
-    return _about(model, output)
+    return replace(_about(model, output), trained=_trained(model, output))
+
+
+def _trained(model: Any, directory: Path) -> dict[str, list[int]] | None:
+    of_modules = {name: list(p.shape) for name, p in model.named_parameters()}
+    of_files = {
+        name: list(entry.shape)
+        for path in directory.glob("*.safetensors")
+        for name, entry in read_header(path).tensors.items()
+    }
+    return None if of_files == of_modules else of_modules
 
 
 @contextlib.contextmanager

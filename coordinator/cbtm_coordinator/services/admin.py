@@ -10,6 +10,7 @@ from typing import Any
 from cbtm_api.v1 import admin_service_pb2 as ad
 from cbtm_api.v1 import resources_pb2 as pb
 from cbtm_api.v1.admin_service_pb2_grpc import AdminServiceServicer
+from cbtm_common import strict_json
 from cbtm_common.errors import InvalidArgument, InvalidState
 from cbtm_common.files import FileSpec
 from cbtm_common.ids import hash_secret, new_id
@@ -19,6 +20,7 @@ from cbtm_common.run_routing import RunRouting, clustering_digest
 from cbtm_coordinator.lifecycle import RunState, TaskKind, TaskState, Verification
 from cbtm_coordinator.services import convert, paging
 from cbtm_coordinator.services.context import ServiceContext, checked_files
+from cbtm_coordinator.services.structure import Structures, add_architecture
 from cbtm_coordinator.storage import finish_upload, verify
 from cbtm_coordinator.store import (
     Connection,
@@ -50,9 +52,10 @@ _FOLDERS = {
 class AdminServicer(AdminServiceServicer):
     """See `protos/cbtm_api/v1/admin_service.proto`."""
 
-    def __init__(self, context: ServiceContext) -> None:
+    def __init__(self, context: ServiceContext, structures: Structures) -> None:
         self._context = context
         self._store = context.store
+        self._structures = structures
 
     # Making a run
 
@@ -124,8 +127,14 @@ class AdminServicer(AdminServiceServicer):
         with self._store.reading() as tx:
             run = runs.get(tx, request.run_id)
             files = runs.files(tx, run)
+        trained = _trained(request.trained_parameters_json)
         for entry in files:
-            self._landed(entry.file)
+            if entry.kind == "BASE_MODEL":
+                finish_upload(self._context.objects, entry.file, part_size=self._context.part_size)
+            else:
+                self._landed(entry.file)
+        base = [entry.file for entry in files if entry.kind == "BASE_MODEL"]
+        architecture = self._structures.learn(base, trained) if base else None
 
         def answer(tx: Connection) -> ad.StartRunResponse:
             now = self._store.now()
@@ -135,6 +144,8 @@ class AdminServicer(AdminServiceServicer):
             for needed in ("CLUSTERING", "TOKENIZER", "BASE_MODEL"):
                 if needed not in kinds:
                     raise InvalidState(f"run {run.name} has no {needed.lower()} files yet")
+            assert architecture is not None
+            add_architecture(tx, run.id, architecture)
             found = len(runs.list_clusters(tx, run, limit=run.cluster_count + 1))
             if found != run.cluster_count:
                 raise InvalidState(f"run {run.name}: {found} of {run.cluster_count} clusters are registered")
@@ -398,6 +409,22 @@ def _check_routing(routing: RunRouting, run: RunRecord, clustering: list[FileSpe
             f"routing_json.top_k: {routing.top_k} is more than the {run.cluster_count} experts of run {run.name}",
             field="routing_json.top_k",
         )
+
+
+def _trained(text: str) -> dict[str, tuple[int, ...]] | None:
+    """Names and shapes of parameters; None when nothing is said. Raises InvalidArgument."""
+    if not text:
+        return None
+    try:
+        data = strict_json.loads(text)
+        shapes = {name: tuple(shape) for name, shape in data.items()}
+        if not all(type(length) is int and length >= 0 for shape in shapes.values() for length in shape):
+            raise ValueError("a length is no whole number")
+    except (ValueError, TypeError, AttributeError) as error:
+        raise InvalidArgument(
+            f"trained_parameters_json: is no object of shapes by name: {error}", field="trained_parameters_json"
+        ) from error
+    return shapes
 
 
 def _new_cluster(run: RunRecord, message: ad.NewCluster) -> NewCluster:

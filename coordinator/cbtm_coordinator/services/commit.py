@@ -1,4 +1,4 @@
-"""Makes a checkpoint visible: completes its uploads, checks every object, then changes the registry.
+"""Checks a checkpoint before it becomes visible: completes its uploads, reads every object, once, and judges it.
 
 The check may have to read 80 GB back, longer than any call should last. So it runs on threads of its own; a call waits
 for it a few seconds and otherwise answers that it goes on, and the worker asks again. Nothing is kept in memory that
@@ -8,13 +8,15 @@ matters: a coordinator that dies here leaves an UPLOADING checkpoint, and the ne
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 from cbtm_common.errors import IntegrityError
 from cbtm_common.faults import point
 from cbtm_common.files import FileSpec
 from cbtm_coordinator.storage import ObjectStore, discard, finish_upload, verify
+from cbtm_coordinator.structure.architecture import Sizes
+from cbtm_coordinator.structure.inspection import Inspection
 
 
 class Verifier:
@@ -29,15 +31,19 @@ class Verifier:
         self._part_size = part_size
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="verify")
         # Checkpoint id to the files that are being checked, or were since it was last asked for, and the outcome.
-        self._checks: dict[str, tuple[tuple[FileSpec, ...], Future[None]]] = {}
+        self._checks: dict[str, tuple[tuple[FileSpec, ...], Future[Sizes]]] = {}
         self._lock = threading.Lock()
         self._waiting = threading.Semaphore(waiters)
 
-    def wait(self, checkpoint_id: str, files: Sequence[FileSpec], timeout: float) -> bool:
-        """Whether all of `files` are checked within `timeout` seconds; False while the check goes on.
+    def wait(
+        self, checkpoint_id: str, files: Sequence[FileSpec], begin: Callable[[], Inspection], timeout: float
+    ) -> Sizes | None:
+        """The sizes of its weights once all of `files` are checked; None while the check goes on after `timeout`
+        seconds.
 
-        Raises NotFound for what is missing, IntegrityError for what is wrong (and removes it, so that a new upload of
-        the right bytes is possible).
+        `begin` is called on a thread of the check. Raises NotFound for what is missing, IntegrityError for what is not
+        the bytes announced (and removes it, so that a new upload of the right ones is possible), CheckpointRejected
+        for bytes that are no such checkpoint.
         """
         wanted = tuple(files)
         with self._lock:
@@ -46,20 +52,19 @@ class Verifier:
                 # Announced anew with other bytes. An old check still running removes what it takes for wrong, so the
                 # new one begins when that has ended.
                 if future is not None and not future.done():
-                    return False
+                    return None
                 future = None
             if future is None:
-                future = self._pool.submit(self._check, wanted)
+                future = self._pool.submit(self._check, wanted, begin)
                 self._checks[checkpoint_id] = wanted, future
         if not self._ended(future, timeout):
-            return False
+            return None
         with self._lock:
             if self._checks.get(checkpoint_id) == (wanted, future):
                 del self._checks[checkpoint_id]
-        future.result()
-        return True
+        return future.result()
 
-    def _ended(self, future: Future[None], timeout: float) -> bool:
+    def _ended(self, future: Future[Sizes], timeout: float) -> bool:
         if not self._waiting.acquire(blocking=False):
             return future.done()
         try:
@@ -67,16 +72,18 @@ class Verifier:
         finally:
             self._waiting.release()
 
-    def _check(self, files: Sequence[FileSpec]) -> None:
+    def _check(self, files: Sequence[FileSpec], begin: Callable[[], Inspection]) -> Sizes:
         for file in files:
             finish_upload(self._objects, file, part_size=self._part_size)
         point("coordinator.commit.after_complete")
+        inspection = begin()
         for file in files:
             try:
-                verify(self._objects, file)
+                verify(self._objects, file, inspection.reader(file))
             except IntegrityError:
                 discard(self._objects, file)
                 raise
+        return inspection.finish()
 
     def close(self) -> None:
         """Finishes the checks that run, drops those that wait: workers will ask the next process."""

@@ -12,7 +12,7 @@ from google.protobuf.json_format import MessageToDict
 from cbtm_api.v1 import resources_pb2 as pb
 from cbtm_api.v1 import worker_service_pb2 as ws
 from cbtm_api.v1.worker_service_pb2_grpc import WorkerServiceServicer
-from cbtm_common.errors import IntegrityError, InvalidArgument, InvalidState, LeaseLost
+from cbtm_common.errors import CheckpointRejected, IntegrityError, InvalidArgument, InvalidState, LeaseLost
 from cbtm_common.faults import point
 from cbtm_common.files import FileSpec
 from cbtm_common.ids import hash_secret, new_id
@@ -24,9 +24,22 @@ from cbtm_coordinator.services import convert, paging
 from cbtm_coordinator.services.auth import caller, check_active
 from cbtm_coordinator.services.commit import Verifier
 from cbtm_coordinator.services.context import ServiceContext, checked_files
-from cbtm_coordinator.store import Connection, Renewal, checkpoints, events, experts, identities, leases, runs, tasks
+from cbtm_coordinator.services.structure import Structures, add_sizes
+from cbtm_coordinator.store import (
+    Connection,
+    Renewal,
+    checkpoints,
+    events,
+    experts,
+    identities,
+    leases,
+    rejections,
+    runs,
+    tasks,
+)
 from cbtm_coordinator.store.records import LeaseRecord, Progress, RunRecord, TaskRecord
 from cbtm_coordinator.store.runs import TRAIN
+from cbtm_coordinator.structure.manifest import check_paths
 
 _MAX_FILES = 4096
 _MAX_PROBE_BYTES = 16 * 1024 * 1024
@@ -40,10 +53,11 @@ _COMMIT_RETRY = timedelta(seconds=2)
 class WorkerServicer(WorkerServiceServicer):
     """See `protos/cbtm_api/v1/worker_service.proto` for what each call promises."""
 
-    def __init__(self, context: ServiceContext, verifier: Verifier) -> None:
+    def __init__(self, context: ServiceContext, verifier: Verifier, structures: Structures) -> None:
         self._context = context
         self._store = context.store
         self._verifier = verifier
+        self._structures = structures
         # By the run whose they are.
         self._tokenizers: dict[str, list[FileSpec]] = {}
 
@@ -214,8 +228,8 @@ class WorkerServicer(WorkerServiceServicer):
             lease, task = self._held(tx, request.lease_id, request.epoch)
             prefix = f"runs/{task.run_id}/tasks/{task.id}/e{lease.epoch:08d}/s{request.step:010d}"
             files = checked_files(request.files, maximum=_MAX_FILES, prefix=prefix)
-            for file in files:
-                _check_checkpoint_path(file.path)
+            check_paths(files)
+            self._structures.check_manifest(tx, task, request.step, files)
             checkpoint = checkpoints.begin(
                 tx, self._store.now(), lease=lease, task=task, step=request.step, files=files
             )
@@ -250,11 +264,17 @@ class WorkerServicer(WorkerServiceServicer):
                 checkpoint=convert.checkpoint(checkpoint), task_state=convert.task_state(task)
             )
         try:
-            checked = self._verifier.wait(checkpoint.id, checkpoint.files, _COMMIT_WAIT)
+            sizes = self._verifier.wait(
+                checkpoint.id, checkpoint.files, lambda: self._structures.begin(checkpoint, task), _COMMIT_WAIT
+            )
         except IntegrityError as error:
             self._note_wrong_bytes(request, task, worker_id, error)
             raise
-        if not checked:
+        except CheckpointRejected as error:
+            with self._store.writing() as tx:
+                rejections.reject(tx, self._store.now(), checkpoint, reason=error.message, evidence=error.metadata)
+            raise
+        if sizes is None:
             return ws.CommitCheckpointResponse(
                 checkpoint=convert.checkpoint(checkpoint),
                 retry_after=duration(_COMMIT_RETRY),
@@ -271,6 +291,7 @@ class WorkerServicer(WorkerServiceServicer):
                 epoch=request.epoch,
                 metrics=from_struct(request.metrics),
             )
+            add_sizes(tx, done.id, sizes)
             point("coordinator.commit.before_commit")
             return ws.CommitCheckpointResponse(
                 checkpoint=convert.checkpoint(done), task_state=convert.task_state(after)
@@ -370,17 +391,6 @@ def convert_file(key: str, size: int, sha256: str) -> FileSpec:
 def _printable(text: str, length: int) -> str:
     """The first of `text` on one line; a database takes no NUL, and a terminal should obey no worker."""
     return "".join(c if c.isprintable() else " " for c in text[:length])
-
-
-def _check_checkpoint_path(path: str) -> None:
-    if path not in ("state.json", "optimizer.safetensors") and not (
-        path.startswith("model/") and path.count("/") == 1 and path.endswith((".safetensors", ".json"))
-    ):
-        raise InvalidArgument(
-            f"files.path: {path!r} is not part of a checkpoint (model/*.safetensors, model/*.json, "
-            "optimizer.safetensors, state.json)",
-            field="files.path",
-        )
 
 
 def _hardware_json(hardware: pb.Hardware) -> str:

@@ -15,6 +15,8 @@
     experts      add, seed, current
     requeue      requeue_task
     accounts     named, names
+    rejections   reject
+    structure    what weights look like: of runs (add_architecture, architecture) and checkpoints (add_sizes, sizes)
     identities   tokens (create, find, use, list, revoke) and workers (create, find, seen, list, set_revoked)
     events       append, list_events
 
@@ -39,9 +41,11 @@ from cbtm_coordinator.store import (
     experts,
     identities,
     leases,
+    rejections,
     requests,
     requeue,
     runs,
+    structure,
     tasks,
 )
 from cbtm_coordinator.store.database import open_engine, reading, writing
@@ -59,9 +63,11 @@ __all__ = [
     "experts",
     "identities",
     "leases",
+    "rejections",
     "requests",
     "requeue",
     "runs",
+    "structure",
     "tasks",
     "utc_now",
 ]

@@ -14,7 +14,7 @@ from datetime import datetime
 from sqlalchemy import Connection, and_, bindparam, case, func, literal, or_, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 
-from cbtm_common.errors import InvalidArgument, InvalidState, LeaseLost, NotFound, PermissionDenied
+from cbtm_common.errors import CheckpointRejected, InvalidArgument, InvalidState, LeaseLost, NotFound, PermissionDenied
 from cbtm_common.files import FileSpec, strip_prefix
 from cbtm_common.ids import new_id
 from cbtm_coordinator.lifecycle import CheckpointState, LeaseState, RunState, TaskKind, TaskState, sources
@@ -141,6 +141,9 @@ def committable(
     task = TaskRecord.of(row, prefix="tasks_")
     if lease.worker_id != worker_id or lease.id != lease_id:
         raise PermissionDenied("this checkpoint belongs to another lease")
+    if checkpoint.state is CheckpointState.REJECTED:
+        # Its lease ended with it; this tells more.
+        raise CheckpointRejected(f"checkpoint {checkpoint.id} is REJECTED: {checkpoint.reason}")
     done = checkpoint.state in (CheckpointState.COMMITTED, CheckpointState.ACCEPTED)
     if not done and (
         lease.epoch != epoch or task.epoch != epoch or lease.state not in (LeaseState.LIVE, LeaseState.EXPIRED)
@@ -153,7 +156,7 @@ def committable(
                 metadata={"lease_id": lease.id},
             )
         )
-    if checkpoint.state in (CheckpointState.REJECTED, CheckpointState.PRUNED):
+    if checkpoint.state is CheckpointState.PRUNED:
         raise InvalidState(f"checkpoint {checkpoint.id} is {checkpoint.state}: {checkpoint.reason}")
     return checkpoint, task
 

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from cbtm_common.errors import IntegrityError, NotFound
+from cbtm_common.errors import CheckpointRejected, IntegrityError, NotFound
 from cbtm_common.files import FileSpec
 from cbtm_coordinator.services.commit import Verifier
-from cbtm_coordinator.storage import ObjectStore, StorageConfig, open_object_store
+from cbtm_coordinator.storage import LocalStore, ObjectStore, StorageConfig, open_object_store
+from cbtm_coordinator.structure.architecture import Size
 
 PART = 1 << 20
 LONG = 20.0
@@ -35,6 +36,26 @@ class Gate:
         self.entered.release()
         assert self.opened.wait(LONG)
         return self._store.stat(key)
+
+
+class Anything:
+    """An inspection that has no objection to any bytes."""
+
+    def reader(self, file: FileSpec) -> Anything:
+        return self
+
+    def feed(self, chunk: bytes) -> None: ...
+
+    def finish(self) -> dict[str, Size]:
+        return {"weight": Size(1.0)}
+
+
+class Objection(Anything):
+    def feed(self, chunk: bytes) -> None:
+        raise CheckpointRejected("no such weights")
+
+
+begin = Anything
 
 
 @pytest.fixture
@@ -67,13 +88,13 @@ def put(store: ObjectStore, key: str, content: bytes) -> FileSpec:
 
 
 def test_what_landed_is_checked(store: ObjectStore, make: Callable[..., Verifier]) -> None:
-    assert make(store).wait("ckpt_1", [put(store, "runs/a", b"one"), put(store, "runs/b", b"two")], LONG)
+    assert make(store).wait("ckpt_1", [put(store, "runs/a", b"one"), put(store, "runs/b", b"two")], begin, LONG)
 
 
 def test_a_file_that_is_missing_is_named(store: ObjectStore, make: Callable[..., Verifier]) -> None:
     missing = FileSpec(path="state.json", key="runs/none", size=1, sha256="0" * 64)
     with pytest.raises(NotFound, match=r"state\.json"):
-        make(store).wait("ckpt_1", [missing], LONG)
+        make(store).wait("ckpt_1", [missing], begin, LONG)
 
 
 def test_wrong_bytes_are_removed_so_that_the_right_ones_can_come(
@@ -83,10 +104,28 @@ def test_wrong_bytes_are_removed_so_that_the_right_ones_can_come(
     right = put(store, "runs/a", b"right")
     store.put_bytes("runs/a", b"wrong")
     with pytest.raises(IntegrityError):
-        verifier.wait("ckpt_1", [right], LONG)
+        verifier.wait("ckpt_1", [right], begin, LONG)
     assert store.stat("runs/a") is None
     put(store, "runs/a", b"right")
-    assert verifier.wait("ckpt_1", [right], LONG)
+    assert verifier.wait("ckpt_1", [right], begin, LONG)
+
+
+def test_a_content_that_is_objected_to_stays_until_its_checkpoint_is_rejected(
+    store: ObjectStore, make: Callable[..., Verifier]
+) -> None:
+    file = put(store, "runs/a", b"nonsense")
+    with pytest.raises(CheckpointRejected):
+        make(store).wait("ckpt_1", [file], Objection, LONG)
+    assert store.stat("runs/a") is not None
+
+
+def test_damage_on_the_way_is_no_objection_to_the_worker(store: ObjectStore, make: Callable[..., Verifier]) -> None:
+    """The disk lies about what it was told: the bytes are not what was announced, and can be sent again."""
+    file = put(store, "runs/a", b"good")
+    assert isinstance(store, LocalStore)
+    store.path_of("runs/a").write_bytes(b"evil")
+    with pytest.raises(IntegrityError):
+        make(store).wait("ckpt_1", [file], Objection, LONG)
 
 
 def test_a_long_check_is_asked_for_again_and_made_once(
@@ -94,10 +133,10 @@ def test_a_long_check_is_asked_for_again_and_made_once(
 ) -> None:
     verifier = make(gate)
     files = [put(store, "runs/a", b"one")]
-    assert not verifier.wait("ckpt_1", files, 0)
-    assert not verifier.wait("ckpt_1", files, 0)
+    assert verifier.wait("ckpt_1", files, begin, 0) is None
+    assert verifier.wait("ckpt_1", files, begin, 0) is None
     gate.opened.set()
-    assert verifier.wait("ckpt_1", files, LONG)
+    assert verifier.wait("ckpt_1", files, begin, LONG)
     # `verify` looks once; a small file has no upload to finish.
     assert gate.checks == 1
 
@@ -108,13 +147,13 @@ def test_files_announced_anew_are_not_vouched_for_by_the_check_of_the_old_ones(
     verifier = make(gate)
     old = [put(store, "runs/a", b"one")]
     new = [FileSpec(path="a", key="runs/a", size=3, sha256=hashlib.sha256(b"two").hexdigest())]
-    assert not verifier.wait("ckpt_1", old, 0)
-    assert not verifier.wait("ckpt_1", new, LONG), "the old check still runs"
+    assert verifier.wait("ckpt_1", old, begin, 0) is None
+    assert verifier.wait("ckpt_1", new, begin, LONG) is None, "the old check still runs"
     gate.opened.set()
-    while not verifier.wait("ckpt_1", old, LONG):
+    while not verifier.wait("ckpt_1", old, begin, LONG):
         pass
     with pytest.raises(IntegrityError):
-        verifier.wait("ckpt_1", new, LONG)
+        verifier.wait("ckpt_1", new, begin, LONG)
 
 
 def test_few_calls_wait_and_the_others_come_back_at_once(
@@ -123,12 +162,12 @@ def test_few_calls_wait_and_the_others_come_back_at_once(
     verifier = make(gate, waiters=1)
     files = [put(store, "runs/a", b"one")]
     outcome: list[bool] = []
-    waiting = threading.Thread(target=lambda: outcome.append(verifier.wait("ckpt_1", files, LONG)))
+    waiting = threading.Thread(target=lambda: outcome.append(bool(verifier.wait("ckpt_1", files, begin, LONG))))
     waiting.start()
     assert gate.entered.acquire(timeout=LONG)
     # The check runs, so the thread that began it waits or is about to: whichever of the two calls is first to wait,
     # the other has its answer without the gate being opened.
-    answered = threading.Thread(target=lambda: outcome.append(verifier.wait("ckpt_1", files, LONG)))
+    answered = threading.Thread(target=lambda: outcome.append(bool(verifier.wait("ckpt_1", files, begin, LONG))))
     answered.start()
     while waiting.is_alive() and answered.is_alive():
         waiting.join(0.005)

@@ -14,6 +14,7 @@ from rich.console import Console
 from cbtm_api.v1 import resources_pb2 as pb
 from cbtm_api.v1 import worker_service_pb2 as ws
 from cbtm_common.errors import (
+    CheckpointRejected,
     IntegrityError,
     InternalError,
     LeaseLost,
@@ -192,6 +193,7 @@ def test_a_lost_lease_is_dropped_with_the_reason_and_the_next_is_taken(place: Pl
     ("error", "told"),
     [
         (IntegrityError("shard 3 is damaged"), "FAILED"),
+        (CheckpointRejected("model: finite: found NaN"), "FAILED"),
         (RuntimeError("CUDA error"), "FAILED"),
         (OutOfDeviceMemory("needs 90 GiB"), "UNFIT"),
         (Unfit("the disk is too small"), "UNFIT"),
@@ -207,6 +209,19 @@ def test_a_task_that_cannot_go_on_here_is_given_back_with_the_reason(place: Plac
     assert str(error) in detail
     assert finished == ("FINISHED", "")
     assert f"cannot go on with cluster 1 of demo: {detail}" in place.said
+
+
+def test_rejected_work_is_dropped_and_not_sent_again_though_its_lease_ended_with_it(place: Place) -> None:
+    place.run()
+    saved = place.lease_file.parent / "tasks" / "task_1" / "s0000000003"
+    saved.mkdir(parents=True)
+    place.connection.answers["AcquireLease"] += [lease(1), lease(2)]
+    place.connection.answers["ReleaseLease"].append(LeaseLost("it is REVOKED: NaN"))
+    place.ends.append(CheckpointRejected("model: finite: found NaN"))
+    assert place.run() == 1
+    assert "cannot go on with cluster 1 of demo: model: finite: found NaN" in place.said
+    assert "could not be given back" not in place.said
+    assert not saved.exists()
 
 
 def test_a_task_saved_before_its_end_is_given_back_for_somebody_else(place: Place) -> None:

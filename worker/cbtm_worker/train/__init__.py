@@ -35,7 +35,6 @@ if TYPE_CHECKING:
         CheckpointState,
         Snapshot,
         read_state,
-        recipe_sha256,
         remove_partial,
         write_checkpoint,
     )
@@ -53,7 +52,6 @@ _HOME = {
     "TrainJob": "job",
     "Trainer": "trainer",
     "read_state": "checkpoint",
-    "recipe_sha256": "checkpoint",
     "remove_partial": "checkpoint",
     "write_checkpoint": "checkpoint",
 }
@@ -68,7 +66,6 @@ __all__ = [
     "TrainJob",
     "Trainer",
     "read_state",
-    "recipe_sha256",
     "remove_partial",
     "write_checkpoint",
 ]

@@ -10,7 +10,6 @@ Not covered: moving checkpoints anywhere, or digests of their files (whoever upl
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import secrets
@@ -28,7 +27,6 @@ from transformers import PreTrainedModel
 from cbtm_common import faults
 from cbtm_common.errors import IntegrityError, InvalidState, ResourceExhausted
 from cbtm_common.files import is_disk_full
-from cbtm_common.recipe import Recipe
 from cbtm_worker.train.job import TaskKind, TrainJob
 
 FORMAT = "cbtm-checkpoint-1"
@@ -84,16 +82,6 @@ class Snapshot:
         return sum(tensors.values())
 
 
-def recipe_sha256(recipe: Recipe) -> str:
-    """Digest of what a recipe says about training.
-
-    Leases, routing and the held-out split do not touch weights. Fields at their default are left out, so that a later
-    version's new field leaves the digests of older recipes as they were.
-    """
-    said = recipe.model_dump(mode="json", exclude={"lease", "routing", "held_out_fraction"}, exclude_defaults=True)
-    return hashlib.sha256(json.dumps(said, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
 def write_checkpoint(snapshot: Snapshot, directory: Path, *, final: bool) -> None:
     """Writes `directory`, in place of an older one of that name. Safe on any thread, while training goes on.
 
@@ -146,7 +134,7 @@ def read_state(directory: Path) -> CheckpointState:
 def check_resumable(state: CheckpointState, job: TrainJob) -> None:
     """Raises InvalidState, naming the first difference, unless the checkpoint is of this very job."""
     ours = {
-        "recipe_sha256": recipe_sha256(job.recipe),
+        "recipe_sha256": job.recipe.training_sha256(),
         "kind": job.kind,
         "data_key": job.data_key,
         "total_steps": job.total_steps,

@@ -25,7 +25,7 @@ class Schedule:
         """A seed has its own peak (if the recipe names one) and warm-up; the shape of the decay is the recipe's."""
         seed = kind == "seed"
         return cls(
-            peak=(recipe.seed_phase.learning_rate if seed else None) or recipe.optimizer.learning_rate,
+            peak=recipe.peak_learning_rate(seed=seed),
             warmup_steps=recipe.seed_phase.warmup_steps if seed else recipe.schedule.warmup_steps,
             total_steps=total_steps,
             decay=recipe.schedule.decay,

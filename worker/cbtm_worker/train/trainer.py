@@ -33,7 +33,6 @@ from cbtm_worker.train.checkpoint import (
     host_copies,
     read_optimizer,
     read_state,
-    recipe_sha256,
 )
 from cbtm_worker.train.data import Batches, ShardSet
 from cbtm_worker.train.errors import Diverged, OutOfDeviceMemory
@@ -180,7 +179,7 @@ class Trainer:
             kind=self._job.kind,
             step=self._step,
             total_steps=self._job.total_steps,
-            recipe_sha256=recipe_sha256(self._job.recipe),
+            recipe_sha256=self._job.recipe.training_sha256(),
             data_key=self._job.data_key,
             loss=self._loss,
             device=self._device_name,
