@@ -30,7 +30,7 @@ from filelock import FileLock, Timeout
 
 from cbtm_api.v1 import resources_pb2 as pb
 from cbtm_common.errors import Cancelled, NotFound, ResourceExhausted
-from cbtm_common.files import FileSpec, hash_file, safe_join
+from cbtm_common.files import FileSpec, check_digest, hash_file, safe_join
 from cbtm_common.transfer import OnBytes, Transfer, UrlExpired
 
 # Object keys to signed downloads, as PrepareDownload gives them.
@@ -64,7 +64,8 @@ class ContentCache:
             self._pinned_by_anybody()
 
     def path_of(self, sha256: str) -> Path:
-        """Where content of this digest is, if it is here."""
+        """Where content of this digest is, if it is here. Raises InvalidArgument for what is no digest."""
+        check_digest(sha256)
         return self.directory / "sha256" / sha256[:2] / sha256
 
     def fetch(
@@ -91,10 +92,10 @@ class ContentCache:
         """Local paths by `FileSpec.path`, downloading what is missing; all are pinned.
 
         `prepare(keys)` asks for signed URLs, at most 64 at a time, and is asked again when they expire under way.
-        Raises IntegrityError when the store's bytes are not the file, ResourceExhausted when the disk cannot hold them,
-        and whatever `prepare` and `Transfer.download` raise.
+        Raises InvalidArgument for a digest that is none, IntegrityError when the store's bytes are not the file,
+        ResourceExhausted when the disk cannot hold them, and whatever `prepare` and `Transfer.download` raise.
         """
-        wanted = {f.sha256: f for f in files}
+        wanted = {check_digest(f.sha256): f for f in files}
         with self._room():
             self._pin(wanted)
         missing = {digest: f for digest, f in wanted.items() if not self._has(f)}
@@ -206,7 +207,7 @@ class ContentCache:
             self._trusted[digest] = _identity(self.path_of(digest))
 
     def _part_size(self, file: FileSpec) -> int:
-        part = self.path_of(file.sha256 + ".part")
+        part = self.path_of(file.sha256).with_suffix(".part")
         return min(part.stat().st_size, file.size) if part.exists() else 0
 
     # Sharing

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -12,6 +13,8 @@ from cbtm_api.v1 import resources_pb2 as pb
 from cbtm_common.errors import InvalidArgument
 
 _CHUNK = 1 << 20
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+_NAME = re.compile(r"[A-Za-z0-9_-]{1,128}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +67,20 @@ def check_relative(path: str) -> str:
     if bad or str(pure) != path:
         raise InvalidArgument(f"path: {path!r} is not a plain relative path", field="path")
     return path
+
+
+def check_digest(sha256: str) -> str:
+    """`sha256` itself, if it is 64 lower-case hexadecimal digits; else InvalidArgument. Files are named by it."""
+    if not _DIGEST.fullmatch(sha256):
+        raise InvalidArgument(f"sha256: {sha256[:80]!r} is not 64 lower-case hexadecimal digits", field="sha256")
+    return sha256
+
+
+def check_name(identifier: str, *, field: str) -> str:
+    """`identifier` itself, if it may name a folder: letters, digits, "-" and "_"; else InvalidArgument."""
+    if not _NAME.fullmatch(identifier):
+        raise InvalidArgument(f"{field}: {identifier[:80]!r} is no identifier", field=field)
+    return identifier
 
 
 def safe_join(base: Path, relative: str) -> Path:

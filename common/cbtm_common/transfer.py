@@ -165,7 +165,7 @@ class Transfer:
         def attempt() -> None:
             body = _slice(source, start, size, on_bytes, stop)
             headers = {**request.headers, "content-length": str(size)}
-            _check(self._client.request(request.method, self._url(request), headers=headers, content=body))
+            _check(self._client.request("PUT", self._url(request, "PUT"), headers=headers, content=body))
 
         point("transfer.upload.before_put")
         self._retry(attempt, stop)
@@ -180,7 +180,7 @@ class Transfer:
         headers = {**request.headers, "accept-encoding": "identity"}
         if start:
             headers["range"] = f"bytes={start}-"
-        with self._client.stream(request.method, self._url(request), headers=headers) as response:
+        with self._client.stream("GET", self._url(request, "GET"), headers=headers) as response:
             if not response.is_success:
                 response.read()
             if response.status_code == 416:
@@ -200,7 +200,12 @@ class Transfer:
         if partial.size < file.size:
             raise Unavailable(f"{file.path}: the connection ended after {partial.size} of {file.size} bytes")
 
-    def _url(self, request: pb.SignedRequest) -> str:
+    def _url(self, request: pb.SignedRequest, method: str) -> str:
+        """Raises InvalidArgument for a request that only somebody with other plans would sign."""
+        if request.method != method:
+            raise InvalidArgument(
+                f"method: {request.method[:20]!r} where {method} is what moves a file", field="method"
+            )
         url = request.url
         if not urlsplit(url).scheme:
             url = urljoin(self._base_url if isinstance(self._base_url, str) else self._base_url(), url)

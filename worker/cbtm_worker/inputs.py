@@ -6,7 +6,6 @@ read, and a config that names code of its own is refused. Not here: what to do w
 
 from __future__ import annotations
 
-import json
 import random
 import shutil
 import threading
@@ -17,6 +16,7 @@ from typing import TypeVar
 
 from cbtm_api.v1 import resources_pb2 as pb
 from cbtm_api.v1 import worker_service_pb2 as ws
+from cbtm_common import strict_json
 from cbtm_common.cache import ContentCache
 from cbtm_common.cli import human_bytes
 from cbtm_common.errors import (
@@ -30,6 +30,7 @@ from cbtm_common.errors import (
 )
 from cbtm_common.files import FileSpec
 from cbtm_common.rpc import RetryPolicy
+from cbtm_common.safetensors_header import read_header
 from cbtm_common.transfer import Transfer
 from cbtm_worker.heartbeat import Heartbeat
 from cbtm_worker.session import Held, Session
@@ -41,6 +42,8 @@ _TRIES = 3
 # Failures that may pass. When it was us who cancelled, the next round says so.
 _PASSING: tuple[type[CbtmError], ...] = (*RETRYABLE, Cancelled)
 _READ = (".safetensors", ".json")
+# The index of a model of 100,000 tensors takes about as much.
+_MAX_JSON_BYTES = 16 << 20
 # On the disk at one time at least: the last committed checkpoint, and the next one.
 _CHECKPOINTS = 2
 # A checkpoint holds weights and two moments.
@@ -108,9 +111,11 @@ class Inputs:
         resume_dir = local_resume
         if resume_dir is None and resumes:
             resume_dir = self._materialize(source, start)
+            check_model(start)
+            check_model(start / "model")
         elif resume_dir is None:
             self._materialize(source, base)
-            refuse_code(base)
+            check_model(base)
         return TaskFiles(shard_paths=[paths[s.path] for s in shards], model_dir=base, resume_dir=resume_dir)
 
     def release(self) -> None:
@@ -175,11 +180,18 @@ def disk_refusal(*, total_bytes: int, input_bytes: int, checkpoint_bytes: int) -
     return f"the task takes about {human_bytes(need)}, and this whole disk has {human_bytes(total_bytes)}"
 
 
-def refuse_code(model_dir: Path) -> None:
-    """Raises InvalidArgument when a model's config names code of its own."""
-    for path in sorted(model_dir.glob("*.json")):
+def check_model(directory: Path) -> None:
+    """Looks at the files of one folder before any library does.
+
+    Raises InvalidArgument when a config names code of its own, IntegrityError for headers and JSON that are none.
+    """
+    for path in sorted(directory.glob("*.safetensors")):
+        read_header(path)
+    for path in sorted(directory.glob("*.json")):
         try:
-            fields = json.loads(path.read_text("utf-8"))
+            if path.stat().st_size > _MAX_JSON_BYTES:
+                raise ValueError(f"over {_MAX_JSON_BYTES} bytes")
+            fields = strict_json.loads(path.read_bytes())
         except ValueError as error:
             raise IntegrityError(f"{path.name}: is not JSON: {error}") from error
         named = [name for name in ("auto_map", "trust_remote_code") if isinstance(fields, dict) and fields.get(name)]

@@ -22,10 +22,11 @@ from cbtm_common.errors import (
     CbtmError,
     IntegrityError,
     InternalError,
+    PermissionDenied,
     ResourceExhausted,
 )
 from cbtm_common.faults import point
-from cbtm_common.files import describe
+from cbtm_common.files import FileSpec, describe
 from cbtm_common.ids import new_request_id
 from cbtm_common.protos import JsonValue, from_duration
 from cbtm_common.rpc import RetryPolicy
@@ -112,7 +113,7 @@ class Sender:
                 if before is not None and left < before:
                     attempt = 0
                 self.sending = Sending(step=step, total_bytes=left)
-                self._upload(prepared.uploads, directory, cancelled)
+                self._upload(prepared.uploads, directory, files, cancelled)
                 self._commit(prepared.checkpoint.id, metrics, cancelled)
                 return True
             except (IntegrityError, AlreadyExists, InternalError) as error:
@@ -129,10 +130,18 @@ class Sender:
             if self.sending is not None and self.sending.sent_bytes == 0 and is_needless():
                 return False
 
-    def _upload(self, uploads: Sequence[pb.Upload], directory: Path, cancelled: threading.Event) -> None:
+    def _upload(
+        self, uploads: Sequence[pb.Upload], directory: Path, files: Sequence[FileSpec], cancelled: threading.Event
+    ) -> None:
         point("worker.upload.after_prepare")
         self._rate = _Rate(self._clock)
+        mine = {(file.path, file.size, file.sha256) for file in files}
         for upload in uploads:
+            if (upload.file.path, upload.file.size, upload.file.sha256) not in mine:
+                # Nothing else of this machine is anybody's.
+                raise PermissionDenied(
+                    f"the coordinator asks for {upload.file.path[:200]!r}, which is no file of this checkpoint"
+                )
             self._transfer.upload(upload, directory / upload.file.path, on_bytes=self._moved, cancelled=cancelled)
             point("worker.upload.after_file")
         point("worker.upload.before_commit")

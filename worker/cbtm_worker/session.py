@@ -10,7 +10,7 @@ from cbtm_api.v1 import resources_pb2 as pb
 from cbtm_api.v1 import worker_service_pb2 as ws
 from cbtm_common.errors import RETRYABLE, Unauthenticated, Unavailable
 from cbtm_common.faults import point
-from cbtm_common.files import FileSpec
+from cbtm_common.files import FileSpec, check_name
 from cbtm_common.ids import new_request_id
 from cbtm_common.protos import JsonValue, struct
 from cbtm_common.rpc import Connection
@@ -64,10 +64,16 @@ class Session:
         return identity
 
     def acquire(self, hardware: pb.Hardware, run: str, request_id: str = "") -> ws.AcquireLeaseResponse:
-        """Who keeps `request_id` until an answer came leaves no lease behind whose answer was lost."""
-        return self.connection.worker.AcquireLease(
+        """Who keeps `request_id` until an answer came leaves no lease behind whose answer was lost.
+
+        Raises InvalidArgument for a task whose id may not name a folder.
+        """
+        answer = self.connection.worker.AcquireLease(
             ws.AcquireLeaseRequest(request_id=request_id or new_request_id(), hardware=hardware, run=run)
         )
+        if answer.HasField("lease"):
+            check_name(answer.spec.task.id, field="task.id")
+        return answer
 
     def renew(self, held: Held, progress: pb.Progress, *, timeout: float | None = None) -> ws.RenewLeaseResponse:
         """`timeout` in seconds, for each attempt."""

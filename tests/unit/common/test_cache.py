@@ -117,7 +117,7 @@ def test_a_file_that_changed_is_fetched_again(store: Store, open_cache: OpenCach
 def test_a_broken_download_goes_on(store: Store, open_cache: OpenCache) -> None:
     file = store.add("a", b"0123456789")
     cache = open_cache()
-    part = cache.path_of(file.sha256 + ".part")
+    part = cache.path_of(file.sha256).with_suffix(".part")
     part.parent.mkdir()
     part.write_bytes(b"01234")
     moved: list[int] = []

@@ -8,7 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import save
 
 from cbtm_api.v1 import resources_pb2 as pb
 from cbtm_api.v1 import worker_service_pb2 as ws
@@ -17,11 +19,13 @@ from cbtm_common.errors import Cancelled, CbtmError, IntegrityError, InternalErr
 from cbtm_common.rpc import RetryPolicy
 from cbtm_worker import inputs as module
 from cbtm_worker.heartbeat import Heartbeat
-from cbtm_worker.inputs import Inputs, Unfit, disk_refusal, refuse_code
+from cbtm_worker.inputs import Inputs, Unfit, check_model, disk_refusal
 from cbtm_worker.session import Held, Session
 from tests.support.scripted_coordinator import POLICY, ScriptedCoordinator, file_of
 
 HELD = Held(lease_id="lease_1", epoch=7)
+
+WEIGHTS = save({"weight": np.ones(3, np.float32)})
 
 
 class Desk:
@@ -70,18 +74,18 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Desk]:
 
 
 def test_a_task_from_the_beginning_gets_its_base_model_and_nothing_that_could_be_code(desk: Desk) -> None:
-    files = desk.put(config__json=b'{"model_type": "llama"}', model__safetensors=b"weights", evil__py=b"import os")
+    files = desk.put(config__json=b'{"model_type": "llama"}', model__safetensors=WEIGHTS, evil__py=b"import os")
     got = desk.inputs.fetch(desk.spec(base_model_files=files), desk.folder, None)
     assert got.resume_dir is None
     assert sorted(p.name for p in got.model_dir.iterdir()) == ["config.json", "model.safetensors"]
-    assert desk.bytes == len(b'{"model_type": "llama"}') + len(b"weights")
+    assert desk.bytes == len(b'{"model_type": "llama"}') + len(WEIGHTS)
 
 
 def test_a_task_under_way_gets_its_checkpoint_in_a_clean_folder(desk: Desk) -> None:
     stale = desk.folder / "from" / "model" / "model-00002-of-00002.safetensors"
     stale.parent.mkdir(parents=True)
     stale.write_bytes(b"of an earlier checkpoint")
-    files = desk.put(state__json=b"{}", optimizer__safetensors=b"moments")
+    files = desk.put(state__json=b"{}", optimizer__safetensors=WEIGHTS)
     spec = desk.spec(resume_from=pb.Checkpoint(id="ckpt_1", step=4, files=files))
     got = desk.inputs.fetch(spec, desk.folder, None)
     assert got.resume_dir == desk.folder / "from"
@@ -150,10 +154,10 @@ def test_a_disk_must_hold_the_inputs_and_two_checkpoints() -> None:
 @pytest.mark.parametrize("text", ['{"auto_map": {}}', '{"model_type": "gpt2"}', "[]"])
 def test_configs_that_name_no_code_are_taken(tmp_path: Path, text: str) -> None:
     (tmp_path / "config.json").write_text(text)
-    refuse_code(tmp_path)
+    check_model(tmp_path)
 
 
 def test_a_config_that_is_no_json_is_wrong(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(IntegrityError, match=r"config\.json"):
-        refuse_code(tmp_path)
+        check_model(tmp_path)

@@ -13,7 +13,7 @@ import pytest
 
 import cbtm_worker.train
 from cbtm_common.errors import IntegrityError, InvalidArgument
-from cbtm_worker.inputs import disk_refusal, refuse_code
+from cbtm_worker.inputs import check_model, disk_refusal
 from cbtm_worker.local import LocalCheckpoints, drop_other_tasks
 from cbtm_worker.waiting import AnyOf
 
@@ -130,10 +130,10 @@ def test_a_disk_that_can_never_hold_a_task_is_told_from_one_that_is_full_now() -
 
 def test_a_model_that_names_code_of_its_own_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    refuse_code(tmp_path)
+    check_model(tmp_path)
     (tmp_path / "config.json").write_text('{"auto_map": {"AutoModel": "modeling.Evil"}}')
     with pytest.raises(InvalidArgument, match="never runs code"):
-        refuse_code(tmp_path)
+        check_model(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(IntegrityError, match=r"config\.json"):
-        refuse_code(tmp_path)
+        check_model(tmp_path)
