@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from cbtm_coordinator.cli import cluster, database, events, run, serve, status, token, worker
+from cbtm_coordinator.cli import cluster, database, events, plan, run, serve, status, token, worker
 
 app = typer.Typer(
     name="cbtm-coord",
@@ -16,6 +16,7 @@ app = typer.Typer(
 app.command("init")(serve.init)
 app.command("serve")(serve.serve)
 app.command("status")(status.status)
+app.command("plan")(plan.plan)
 app.command("events")(events.events)
 app.add_typer(run.app, name="run", help="Create, list, pause, resume, delete runs.")
 app.add_typer(cluster.app, name="cluster", help="Look into clusters, put their tasks back.")
