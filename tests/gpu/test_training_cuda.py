@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from cbtm_common.recipe import Precision
-from cbtm_worker.train import Snapshot, Trainer, TrainJob, write_checkpoint
+from cbtm_worker.train import Snapshot, Trainer, TrainJob, together, write_checkpoint
 from tests.support.models import Architecture, make_tiny_model
 from tests.support.training import VOCABULARY, make_job, make_recipe
 
@@ -119,3 +119,14 @@ def test_a_probe_finds_a_micro_batch_that_fits_and_the_next_task_knows_it(
     assert "does not fit" not in caplog.text
     with Trainer(job) as trainer:
         assert trainer.placement == found
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are fewer than two CUDA devices")
+def test_two_cards_make_the_steps_of_one(tmp_path: Path) -> None:
+    job = make_job(tmp_path, recipe=make_recipe(global_batch=8, dropout=0.1), micro_batch=2, device="cuda:0")
+    job = dataclasses.replace(job, compile=False)
+    with Trainer(job) as trainer:
+        alone = [trainer.train_step().loss for _ in range(job.total_steps)]
+    with together(job, ["cuda:1"]) as group, Trainer(job, group=group) as trainer:
+        both = [trainer.train_step().loss for _ in range(job.total_steps)]
+    assert both == pytest.approx(alone, abs=1e-3)

@@ -105,6 +105,21 @@ def test_only_a_run_that_was_named_is_worked_on(here: Site) -> None:
     assert named.wait() == 0, named.output
 
 
+def test_two_devices_train_a_task_together_and_one_goes_on_when_they_leave(here: Site) -> None:
+    both = here.start_worker("both", "--device", "cpu,cpu", "--threads", "2", until_idle=False)
+    here.until(lambda: here.leased_at_step(5), "step 5 on two devices", 90)
+    both.send(signal.SIGINT)
+    assert both.wait() == 0, both.output
+    assert "training on cpu, cpu" in both.output
+    left = max(status.task.committed_step for status in here.tasks())
+    assert left >= 5
+    one = here.start_worker("one")
+    assert one.wait() == 0, one.output
+    assert f"from step {left}" in one.output
+    assert here.is_complete()
+    here.check_registry()
+
+
 def test_a_worker_without_work_stops_at_once_when_asked(here: Site) -> None:
     here.connection.admin.PauseRun(ad.PauseRunRequest(request_id=new_request_id(), run=RUN))
     worker = here.start_worker("idle", until_idle=False)

@@ -20,7 +20,7 @@ from cbtm_common.protos import from_timestamp
 from cbtm_common.rpc import Connection, connect
 from cbtm_common.transfer import Transfer
 from cbtm_worker.config import WorkerConfig
-from cbtm_worker.hardware import choose_device, describe
+from cbtm_worker.hardware import choose_devices, describe
 from cbtm_worker.identity import take_slot
 
 _PROBE_BYTES = 4 * 1024 * 1024
@@ -116,7 +116,7 @@ def _coordinator(probe: ws.ProbeResponse, found: Callable[..., None]) -> None:
 
 def _machine(config: WorkerConfig, probe: ws.ProbeResponse, found: Callable[..., None]) -> None:
     try:
-        device = choose_device(config.device)
+        device = choose_devices(config.device)[0]
     except CbtmError as error:
         found("device", False, error.message, "pass another --device")
         return

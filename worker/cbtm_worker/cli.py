@@ -29,7 +29,12 @@ CacheDir = Annotated[
     Path | None,
     typer.Option(envvar="CBTM_CACHE_DIR", help="Folder for data and checkpoints.", show_default="the user's cache"),
 ]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda:0, …", show_default="a GPU if there is one")]
+Device = Annotated[
+    str | None,
+    typer.Option(
+        help="cpu, cuda:0, …; several, as in cuda:0,cuda:1, train a task together.", show_default="every GPU there is"
+    ),
+]
 
 
 class LogLevel(StrEnum):

@@ -22,7 +22,7 @@ class WorkerConfig:
     # Join token; needed the first time only.
     token: str | None
     cache_dir: Path
-    # "cpu", "cuda:0", …; found by itself when None.
+    # "cpu", "cuda:0", or several with commas between them, which train each task together; every GPU when None.
     device: str | None = None
     name: str = ""
     # Only tasks of this run.

@@ -37,6 +37,23 @@ def choose_device(asked: str | None) -> str:
     return asked
 
 
+def choose_devices(asked: str | None) -> tuple[str, ...]:
+    """The torch devices that train one task together: those asked for, separated by commas, or every GPU there is.
+
+    Raises InvalidArgument when one is not there, or they are not of one kind.
+    """
+    import torch
+
+    if asked is None and torch.cuda.is_available():
+        return tuple(f"cuda:{index}" for index in range(torch.cuda.device_count()))
+    devices = tuple(choose_device(part.strip()) for part in asked.split(",")) if asked else (choose_device(None),)
+    if len({torch.device(device).type for device in devices}) > 1:
+        raise InvalidArgument(f"device: {asked} are not of one kind; start a worker for each kind", field="device")
+    if devices[0] != "cpu" and len(set(devices)) < len(devices):
+        raise InvalidArgument(f"device: {asked} names a device twice", field="device")
+    return devices
+
+
 def describe(device: str, cache_dir: Path) -> pb.Hardware:
     """`device` must exist. Raises InvalidState when the worker's own packages are not installed."""
     try:

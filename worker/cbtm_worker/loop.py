@@ -31,7 +31,7 @@ from cbtm_common.rpc import Connection, connect
 from cbtm_common.transfer import Transfer
 from cbtm_worker.config import WorkerConfig
 from cbtm_worker.display import Display
-from cbtm_worker.hardware import choose_device, describe
+from cbtm_worker.hardware import choose_devices, describe
 from cbtm_worker.heartbeat import Heartbeat
 from cbtm_worker.identity import Slot, take_slot
 from cbtm_worker.inputs import Unfit
@@ -48,7 +48,7 @@ _PASSING: tuple[type[CbtmError], ...] = (*RETRYABLE, InternalError, ResourceExha
 
 def join(config: WorkerConfig, stop: threading.Event, display: Display) -> int:
     """Works until told to stop, idle (with `until_idle`) or done (`max_tasks`); the number of finished tasks."""
-    device = choose_device(config.device)
+    devices = choose_devices(config.device)
     if config.threads is not None:
         import torch
 
@@ -61,7 +61,7 @@ def join(config: WorkerConfig, stop: threading.Event, display: Display) -> int:
             connect(config.coordinator) as connection,
             Transfer(base_url=lambda: connection.http_base) as transfer,
         ):
-            return Worker(config, stop, display, slot, connection, transfer, cache, device).run()
+            return Worker(config, stop, display, slot, connection, transfer, cache, devices).run()
     finally:
         cache.close()
         slot.release()
@@ -79,18 +79,18 @@ class Worker:
         connection: Connection,
         transfer: Transfer,
         cache: ContentCache,
-        device: str,
+        devices: tuple[str, ...],
     ) -> None:
         self._config = config
         self._stop = stop
         self._display = display
         self._slot = slot
-        self._device = device
+        self._devices = devices
         self._session = Session(connection)
         self._context = TaskContext(
             session=self._session,
             config=config,
-            device=device,
+            devices=devices,
             cache=cache,
             transfer=transfer,
             tasks_dir=slot.tasks,
@@ -104,7 +104,7 @@ class Worker:
     def run(self) -> int:
         hardware = self._hardware()
         self._sign_in(hardware)
-        self._display.say(f"training on {self._device} ({hardware.device_name})")
+        self._display.say(f"training on {', '.join(self._devices)} ({hardware.device_name})")
         may_join_anew = self._config.token is not None
         while not self._stop.is_set() and self._finished != self._config.max_tasks:
             try:
@@ -158,7 +158,9 @@ class Worker:
         self._said = message
 
     def _hardware(self) -> pb.Hardware:
-        return describe(self._device, self._config.cache_dir)
+        hardware = describe(self._devices[0], self._config.cache_dir)
+        hardware.device_count = len(self._devices)
+        return hardware
 
     # The lease in hand, kept on disk so that a process that died goes on with it
 

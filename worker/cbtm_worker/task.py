@@ -52,7 +52,8 @@ class TaskContext:
 
     session: Session
     config: WorkerConfig
-    device: str
+    # They train each task together.
+    devices: tuple[str, ...]
     cache: ContentCache
     transfer: Transfer
     tasks_dir: Path
@@ -141,9 +142,9 @@ class TaskRunner:
             self._heartbeat.check()
             return self._flushed(Outcome.STOPPED)
         point("worker.download.after")
-        from cbtm_worker.train import Trainer
+        from cbtm_worker.train import Trainer, together
 
-        with Trainer(job) as trainer:
+        with together(job, self._peers()) as group, Trainer(job, group=group) as trainer:
             try:
                 return self._train(trainer)
             except LeaseLost as error:
@@ -166,11 +167,24 @@ class TaskRunner:
             shard_paths=files.shard_paths,
             data_key=self._spec.run.id if seed else task.cluster_id,
             resume_dir=files.resume_dir,
-            device=self._context.device,
+            device=self._context.devices[0],
             micro_batch=config.micro_batch,
             placement_cache=config.cache_dir / "micro-batches.json",
             compile=config.compile,
         )
+
+    def _peers(self) -> tuple[str, ...]:
+        """The devices beside the first: as many as the global batch can be dealt to evenly."""
+        from cbtm_worker.train.memory import largest_divisor
+
+        devices, batch = self._context.devices, self._recipe.global_batch
+        used = largest_divisor(batch, len(devices))
+        if used < len(devices):
+            self._context.display.say(
+                f"training on {used} of {len(devices)} devices, for the global batch is {batch} sequences;"
+                " with --per-gpu each has a task of its own"
+            )
+        return devices[1:used]
 
     # Training
 
@@ -275,7 +289,7 @@ class TaskRunner:
             "loss": self._view.loss,
             "tokens_per_second": speed.tokens_per_second,
             "train_seconds": time.monotonic() - started,
-            "device": self._context.device,
+            "device": ", ".join(self._context.devices),
         }
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from cbtm_common.errors import InvalidArgument, InvalidState
-from cbtm_worker.hardware import choose_device, describe
+from cbtm_worker.hardware import choose_device, choose_devices, describe
 
 
 def machine(monkeypatch: pytest.MonkeyPatch, *, cuda: int = 0, mps: bool = False) -> None:
@@ -62,6 +62,34 @@ def test_a_device_that_is_not_there_is_refused_with_what_is(
     machine(monkeypatch, cuda=2)
     with pytest.raises(InvalidArgument, match=said) as caught:
         choose_device(asked)
+    assert caught.value.field == "device"
+
+
+@pytest.mark.parametrize(
+    ("cuda", "asked", "chosen"),
+    [
+        (3, None, ("cuda:0", "cuda:1", "cuda:2")),
+        (0, None, ("cpu",)),
+        (3, "cuda:2, cuda:0", ("cuda:2", "cuda:0")),
+        (3, "cuda:1", ("cuda:1",)),
+        (0, "cpu,cpu", ("cpu", "cpu")),
+    ],
+)
+def test_every_gpu_trains_or_those_asked_for(
+    monkeypatch: pytest.MonkeyPatch, cuda: int, asked: str | None, chosen: tuple[str, ...]
+) -> None:
+    machine(monkeypatch, cuda=cuda)
+    assert choose_devices(asked) == chosen
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [("cuda:0,cpu", "not of one kind"), ("cuda:1,cuda:1", "twice"), ("cuda:0,cuda:5", "there is no cuda:5")],
+)
+def test_devices_that_cannot_train_together_are_refused(monkeypatch: pytest.MonkeyPatch, asked: str, said: str) -> None:
+    machine(monkeypatch, cuda=2)
+    with pytest.raises(InvalidArgument, match=said) as caught:
+        choose_devices(asked)
     assert caught.value.field == "device"
 
 

@@ -67,7 +67,7 @@ class Place:
         nothing: Any = None
         connection: Any = self.connection
         try:
-            return Worker(config, self.stop, display, slot, connection, nothing, nothing, "cpu").run()
+            return Worker(config, self.stop, display, slot, connection, nothing, nothing, ("cpu",)).run()
         finally:
             slot.release()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import threading
 from collections.abc import Callable, Iterator
@@ -46,6 +47,8 @@ class Bench:
         self.transfer = coordinator.transfer()
         self.cache = ContentCache(root / "files")
         self.now = 0.0
+        self.devices: tuple[str, ...] = ("cpu",)
+        self.peers: tuple[str, ...] = ()
         coordinator.objects["base/config.json"] = b"{}"
 
     @property
@@ -66,7 +69,7 @@ class Bench:
         context = TaskContext(
             session=self.session,
             config=WorkerConfig(coordinator="host:1", token=None, cache_dir=self.root),
-            device="cpu",
+            devices=self.devices,
             cache=self.cache,
             transfer=self.transfer,
             tasks_dir=self.root / "tasks",
@@ -110,7 +113,7 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
         made = Bench(tmp_path, coordinator, Session(connection))
 
         class Counter:
-            def __init__(self, job: Any) -> None:
+            def __init__(self, job: Any, *, group: Any) -> None:
                 self.step = 0 if job.resume_dir is None else read_state(job.resume_dir).step
                 self.total_steps = job.total_steps
 
@@ -129,11 +132,26 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
             def __exit__(self, *error: object) -> None:
                 return None
 
-        for name, value in (("Trainer", Counter), ("write_checkpoint", write_checkpoint), ("read_state", read_state)):
+        def together(job: Any, peers: tuple[str, ...]) -> contextlib.AbstractContextManager[None]:
+            made.peers = peers
+            return contextlib.nullcontext()
+
+        for value in (Counter, together, write_checkpoint, read_state):
+            name = "Trainer" if value is Counter else value.__name__
             monkeypatch.setitem(cbtm_worker.train.__dict__, name, value)
         yield made
         made.cache.close()
         made.transfer.close()
+
+
+@pytest.mark.parametrize(("devices", "peers"), [(("a", "b"), ("b",)), (("a", "b", "c"), ("b",))])
+def test_a_task_is_trained_on_as_many_devices_as_its_batch_of_two_can_be_dealt_to(
+    bench: Bench, devices: tuple[str, ...], peers: tuple[str, ...]
+) -> None:
+    bench.devices = devices
+    assert bench.run() is Outcome.FINISHED
+    assert bench.peers == peers
+    assert ("training on 2 of 3 devices" in bench.out.getvalue()) == (len(devices) == 3)
 
 
 def test_a_task_is_trained_from_its_beginning_to_its_end(bench: Bench) -> None:

@@ -9,10 +9,13 @@
                 write_checkpoint(snapshot, directory, final=False)   # any thread; the directory appears whole
         write_checkpoint(trainer.snapshot(), directory, final=True)
 
+Several devices of one machine train it as one does (`with together(job, ["cuda:1"]) as group, Trainer(job, group=group)
+as trainer`): the same batches, the same steps up to rounding, one snapshot.
+
 Guarantees: the weights after step n are a function of (recipe, kind, total_steps, starting weights, shards in order,
-data_key, n). Resumed from any checkpoint on the same kind of device with the same micro-batch and threads, weights
-and optimizer state are bit-identical to an undisturbed run's. Any micro-batch gives the same gradient up to rounding
-(and up to the draw of dropout).
+data_key, n). Resumed from any checkpoint on the same kind of device with the same micro-batch, threads and number of
+devices, weights and optimizer state are bit-identical to an undisturbed run's. Any micro-batch and number of devices
+gives the same gradient up to rounding (and any micro-batch up to the draw of dropout).
 
 Errors: `InvalidArgument` for a job that cannot be (a sequence longer than the model's context, token ids outside its
 vocabulary, shards under one sequence), `IntegrityError` for files that are not what they should be, `InvalidState`
@@ -39,12 +42,14 @@ if TYPE_CHECKING:
         write_checkpoint,
     )
     from cbtm_worker.train.errors import Diverged, OutOfDeviceMemory
+    from cbtm_worker.train.group import Group, together
     from cbtm_worker.train.job import StepResult, TaskKind, TrainJob
     from cbtm_worker.train.trainer import Trainer
 
 _HOME = {
     "CheckpointState": "checkpoint",
     "Diverged": "errors",
+    "Group": "group",
     "OutOfDeviceMemory": "errors",
     "Snapshot": "checkpoint",
     "StepResult": "job",
@@ -53,12 +58,14 @@ _HOME = {
     "Trainer": "trainer",
     "read_state": "checkpoint",
     "remove_partial": "checkpoint",
+    "together": "group",
     "write_checkpoint": "checkpoint",
 }
 
 __all__ = [
     "CheckpointState",
     "Diverged",
+    "Group",
     "OutOfDeviceMemory",
     "Snapshot",
     "StepResult",
@@ -67,6 +74,7 @@ __all__ = [
     "Trainer",
     "read_state",
     "remove_partial",
+    "together",
     "write_checkpoint",
 ]
 

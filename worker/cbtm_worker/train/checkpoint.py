@@ -58,8 +58,9 @@ class CheckpointState:
     precision: str
     micro_batch: int
     gradient_checkpointing: bool
-    # Checkpoints of earlier releases, which do not say it, were not.
+    # Checkpoints of earlier releases, which do not say these, were not, and by one.
     compiled: bool = False
+    devices: int = 1
     format: str = FORMAT
 
 

@@ -83,11 +83,24 @@ def _open(path: Path, vocab_size: int) -> _Tokens:
 
 
 class Batches:
-    """Batch n of a task, on its device; on CUDA the next one is read ahead, into pinned memory, by a thread."""
+    """Batch n of a task, or some `rows` of it, on its device.
 
-    def __init__(self, shards: ShardSet, *, global_batch: int, seed: int, data_key: str, device: torch.device) -> None:
+    On CUDA the next one is read ahead, into pinned memory, by a thread.
+    """
+
+    def __init__(
+        self,
+        shards: ShardSet,
+        *,
+        global_batch: int,
+        seed: int,
+        data_key: str,
+        device: torch.device,
+        rows: slice = slice(None),
+    ) -> None:
         self._shards = shards
         self._global_batch = global_batch
+        self._rows = rows
         self._seed = seed
         self._data_key = data_key
         self._device = device
@@ -95,7 +108,7 @@ class Batches:
         self._reader = ThreadPoolExecutor(1, "cbtm-batches") if device.type == "cuda" else None
 
     def get(self, step: int) -> torch.Tensor:
-        """Token ids [B, L + 1], int64, on the device."""
+        """Token ids [rows, L + 1], int64, on the device."""
         if self._reader is None:
             return self._read(step).to(self._device)
         ahead, self._ahead = self._ahead, None
@@ -111,7 +124,7 @@ class Batches:
             seed=self._seed,
             data_key=self._data_key,
         )
-        batch = torch.from_numpy(self._shards.read(indices))
+        batch = torch.from_numpy(self._shards.read(indices[self._rows]))
         return batch.pin_memory() if self._device.type == "cuda" else batch
 
     def close(self) -> None:

@@ -1,20 +1,17 @@
 """The loss of a micro-batch: what is computed forward, eagerly or compiled.
 
 Compiled, the cross-entropy is fused with the model's last layer, so that float32 logits never lie in memory. A compiler
-that is absent or fails costs a warning and the speed, nothing else.
+that is absent or fails costs the speed, nothing else.
 """
 
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections.abc import Callable
 
 import torch
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
-
-_log = logging.getLogger(__name__)
 
 
 class Loss:
@@ -39,16 +36,15 @@ class Loss:
         with self._autocast():
             return self._plain(tokens_bS)
 
-    def give_up_compiling(self, error: RuntimeError) -> bool:
-        """Goes on eagerly after an error of the compiler; False for any other error."""
+    def is_compilers(self, error: RuntimeError) -> bool:
+        """Whether the compiler failed, and not what it compiled."""
         from torch._dynamo.exc import TorchDynamoException
 
-        if not self.is_compiled or not isinstance(error, TorchDynamoException):
-            return False
-        _log.warning("torch.compile does not work here, and training goes on without it: %s", str(error).split("\n")[0])
+        return self.is_compiled and isinstance(error, TorchDynamoException)
+
+    def stop_compiling(self) -> None:
         self.is_compiled = False
         self._sum = self._plain
-        return True
 
     def _autocast(self) -> contextlib.AbstractContextManager[object]:
         return torch.autocast(self._device.type, dtype=torch.bfloat16) if self._half else contextlib.nullcontext()

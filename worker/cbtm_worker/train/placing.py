@@ -6,7 +6,6 @@ The decisions themselves are pure, in `memory`; here they meet the model and the
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
 
 import torch
 from transformers import PreTrainedModel
@@ -45,7 +44,7 @@ class Placer:
         )
 
     def first(self, resumed: CheckpointState | None) -> Placement:
-        """What to begin with; activations are recomputed from here on if it says so."""
+        """What to begin with."""
         job = self._job
         if job.micro_batch is not None:
             found = Placement(micro_batch=job.micro_batch)
@@ -54,14 +53,16 @@ class Placer:
             found = Placement(micro_batch=resumed.micro_batch, gradient_checkpointing=resumed.gradient_checkpointing)
         else:
             found = self._cache.get(self._key) or self._fitting()
-        recompute = found.gradient_checkpointing or job.gradient_checkpointing
-        if recompute:
-            self._checkpoint_activations()
-        return self.cut(replace(found, gradient_checkpointing=recompute))
+        return Placement(
+            micro_batch=memory.largest_divisor(self._batch, found.micro_batch),
+            gradient_checkpointing=found.gradient_checkpointing or job.gradient_checkpointing,
+        )
 
-    def cut(self, placement: Placement) -> Placement:
-        """The nearest one that divides this device's batch."""
-        return replace(placement, micro_batch=memory.largest_divisor(self._batch, placement.micro_batch))
+    def adopt(self, placement: Placement) -> Placement:
+        """Begins with it: activations are recomputed from here on if it says so."""
+        if placement.gradient_checkpointing:
+            self._checkpoint_activations()
+        return placement
 
     def smaller(self, placement: Placement) -> Placement:
         """After an out-of-memory. Raises OutOfDeviceMemory when nothing smaller is left."""

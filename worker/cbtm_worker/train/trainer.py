@@ -7,7 +7,8 @@ in float32 anywhere else, CPUs included.
 
 On CUDA every operation is asked for its deterministic form; a model with one that has none trains all the same, with
 a warning. There, the host runs at most one step ahead of the device: it waits for the step before last, never for the
-last, so that the device always has work queued. Not covered: several devices, and everything about leases and uploads.
+last, so that the device always has work queued. With a group it is one of several processes, each with a device of its
+own, that train as one. Not covered: everything about leases and uploads.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from types import TracebackType
 import torch
 
 from cbtm_common import faults
-from cbtm_common.errors import IntegrityError, InvalidArgument, InvalidState
+from cbtm_common.errors import CbtmError, IntegrityError, InternalError, InvalidArgument, InvalidState
 from cbtm_common.recipe import Precision
 from cbtm_worker.train.checkpoint import (
     MODEL,
@@ -36,6 +37,7 @@ from cbtm_worker.train.checkpoint import (
 )
 from cbtm_worker.train.data import Batches, ShardSet
 from cbtm_worker.train.errors import Diverged, OutOfDeviceMemory
+from cbtm_worker.train.group import Group, GroupStopped, Outcome
 from cbtm_worker.train.job import StepResult, TrainJob
 from cbtm_worker.train.loss import Loss
 from cbtm_worker.train.memory import Placement
@@ -57,9 +59,12 @@ class Trainer:
     torch's global random state is overwritten at each micro-step.
     """
 
-    def __init__(self, job: TrainJob, *, before_micro_step: MicroStepHook | None = None) -> None:
+    def __init__(
+        self, job: TrainJob, *, group: Group | None = None, before_micro_step: MicroStepHook | None = None
+    ) -> None:
         recipe = job.recipe
         self._job = job
+        self._group = group or Group()
         self._hook = before_micro_step
         self._device = _device(job.device)
         self._device_name = _device_name(self._device)
@@ -74,6 +79,8 @@ class Trainer:
         self._step = resumed.step if resumed else 0
         self._loss = resumed.loss if resumed else None
         self._pending: list[_Values] = []
+        # Whether the group's other processes have ended, or will by themselves.
+        self._is_over = False
 
         source = job.model_dir if job.resume_dir is None else job.resume_dir / MODEL
         model, self._skeleton = load_model(source, dropout=recipe.dropout, sequence_length=recipe.sequence_length)
@@ -95,18 +102,20 @@ class Trainer:
             self._load_moments(job.resume_dir, resumed)
         half = _computes_bf16(self._device) and recipe.precision is Precision.BF16
         self._loss_sum = Loss(self._model, device=self._device, half=half, compiled=self._first_compiled(resumed))
+        share = recipe.global_batch // self._group.size
         self._placer = Placer(
             job,
-            batch=recipe.global_batch,
+            batch=share,
             model=model,
             loss=self._loss_sum,
             device=self._device,
             device_name=self._device_name,
         )
-        self._placement = self._placer.first(resumed)
+        self._placement = self._common(self._placer.first(resumed))
         self._batches = Batches(
             shards,
             global_batch=recipe.global_batch,
+            rows=slice(self._group.rank * share, (self._group.rank + 1) * share),
             seed=recipe.seed,
             data_key=job.data_key,
             device=self._device,
@@ -142,19 +151,20 @@ class Trainer:
         started = time.perf_counter()
         learning_rate = self._schedule.learning_rate(self._step)
         batch_BS = self._batches.get(self._step)
-        outcome: torch.Tensor | None = None
-        while outcome is None:
-            outcome = self._try_gradient(batch_BS)
+        figures: torch.Tensor | None = None
+        while figures is None:
+            figures = self._try_gradient(batch_BS)
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         self._step += 1
-        values = _Values(outcome, self._step)
+        values = _Values(figures, self._step)
         self._pending.append(values)
         # On CUDA the newest step may still be running: look at the one before it.
         self._settle(keep=1 if self._device.type == "cuda" else 0)
-        faults.point("worker.step.after")
+        if self._group.rank == 0:
+            faults.point("worker.step.after")
         return StepResult(
             step=self._step,
             tokens=self._tokens,
@@ -187,6 +197,7 @@ class Trainer:
             micro_batch=self._placement.micro_batch,
             gradient_checkpointing=self._placement.gradient_checkpointing,
             compiled=self._loss_sum.is_compiled,
+            devices=self._group.size,
         )
         return Snapshot(
             state=state,
@@ -196,8 +207,15 @@ class Trainer:
         )
 
     def close(self) -> None:
-        """Stops reading ahead. The device's memory is freed with the object."""
+        """Stops reading ahead, and the group's other processes. The device's memory is freed with the object."""
         self._batches.close()
+        if self._group.size == 1 or self._group.rank > 0 or self._is_over or self._step >= self._job.total_steps:
+            return
+        try:
+            self._group.agree(Outcome.STOPPED, [False] * len(self._parameters))
+        except CbtmError as error:
+            # They have ended by themselves, for the same reason as this one as a rule.
+            _log.debug("the group has no need to be stopped: %s", error.message)
 
     def __enter__(self) -> Trainer:
         return self
@@ -212,37 +230,74 @@ class Trainer:
     def _try_gradient(self, batch_BS: torch.Tensor) -> torch.Tensor | None:
         """(loss, gradient norm) [2] with the gradient in place; None when it must be tried again, in another way.
 
-        Weights and optimizer state are untouched either way.
+        Weights and optimizer state are untouched either way. What one process of a group meets, all act on.
         """
-        out_of_memory = False
+        parameters = list(self._parameters.values())
+        outcome, loss, failure = self._own_gradient(batch_BS)
+        agreed, present = self._group.agree(outcome, [p.grad is not None for p in parameters])
+        if agreed is Outcome.DONE:
+            assert loss is not None
+            return self._common_gradient(loss, [p for p, has in zip(parameters, present, strict=True) if has])
+        self._optimizer.zero_grad(set_to_none=True)
+        match agreed:
+            case Outcome.OUT_OF_MEMORY:
+                self._placement = self._placer.smaller(self._placement)
+            case Outcome.NOT_DETERMINISTIC:
+                make_deterministic(self._device, strict=False)
+            case Outcome.NO_COMPILER:
+                self._loss_sum.stop_compiling()
+            case Outcome.STOPPED:
+                raise GroupStopped
+            case Outcome.FAILED:
+                self._is_over = True
+                if failure is None:
+                    # Raises once the process that failed has ended, with what it said.
+                    self._group.least([0])
+                    raise InternalError("a process that failed to train on another device goes on")
+                raise failure
+        return None
+
+    def _own_gradient(self, batch_BS: torch.Tensor) -> tuple[Outcome, torch.Tensor | None, Exception | None]:
+        """(how it went, this process's share of the loss, the defect): the gradient of this process's sequences."""
         try:
-            return self._gradient(batch_BS)
+            return Outcome.DONE, self._gradient(batch_BS), None
         except torch.OutOfMemoryError:
-            # Leaving this block drops the traceback, and with it the activations that its frames hold.
-            out_of_memory = True
+            # Leaving this function drops the traceback, and with it the activations that its frames hold.
+            return Outcome.OUT_OF_MEMORY, None, None
         except RuntimeError as error:
             if lacks_determinism(error):
                 _log.warning("this model's steps will not repeat to the bit on %s: %s", self._job.device, error)
-                make_deterministic(self._device, strict=False)
-            elif not self._loss_sum.give_up_compiling(error):
-                raise
-        self._optimizer.zero_grad(set_to_none=True)
-        if out_of_memory:
-            self._placement = self._placer.smaller(self._placement)
-        return None
+                return Outcome.NOT_DETERMINISTIC, None, None
+            if self._loss_sum.is_compilers(error):
+                reason = str(error).split("\n")[0]
+                _log.warning("torch.compile does not work here, and training goes on without it: %s", reason)
+                return Outcome.NO_COMPILER, None, None
+            return Outcome.FAILED, None, error
 
-    def _gradient(self, batch_BS: torch.Tensor) -> torch.Tensor:
-        recipe = self._job.recipe
+    def _gradient(self, batch_bS: torch.Tensor) -> torch.Tensor:
+        recipe, micro_batch = self._job.recipe, self._placement.micro_batch
         loss = torch.zeros((), device=self._device)
-        for index, micro_bS in enumerate(torch.split(batch_BS, self._placement.micro_batch)):
+        # Micro-steps are numbered through the processes, as if one had them all.
+        first = self._group.rank * (len(batch_bS) // micro_batch)
+        for index, micro_bS in enumerate(torch.split(batch_bS, micro_batch), start=first):
             self._seed_draws(draw_seed(recipe.seed, self._job.data_key, self._step, index))
             if self._hook is not None:
                 self._hook(self._step, index, len(micro_bS))
             loss += self._micro_step(micro_bS)
-        gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
+        return loss
+
+    def _common_gradient(self, loss: torch.Tensor, parameters: list[torch.nn.Parameter]) -> torch.Tensor:
+        """(loss, gradient norm) [2] of the global batch, the gradient summed over the group and clipped."""
+        for parameter in parameters:
+            if parameter.grad is None:
+                # Of an expert, say, that no token of this process was routed to.
+                parameter.grad = torch.zeros_like(parameter)
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        self._group.sum([loss, *gradients])
         norm = torch.nn.utils.get_total_norm(gradients)
-        if recipe.optimizer.gradient_clip > 0:
-            torch.nn.utils.clip_grads_with_norm_(self._parameters.values(), recipe.optimizer.gradient_clip, norm)
+        clip = self._job.recipe.optimizer.gradient_clip
+        if clip > 0:
+            torch.nn.utils.clip_grads_with_norm_(parameters, clip, norm)
         return torch.stack((loss, norm))
 
     def _seed_draws(self, seed: int) -> None:
@@ -271,6 +326,11 @@ class Trainer:
             self._loss = loss
 
     # -------------------------------------------------------------------------------------------- placement
+
+    def _common(self, placement: Placement) -> Placement:
+        """The one that fits every device of the group."""
+        micro_batch, plain = self._group.least([placement.micro_batch, int(not placement.gradient_checkpointing)])
+        return self._placer.adopt(Placement(micro_batch=micro_batch, gradient_checkpointing=not plain))
 
     def _first_compiled(self, resumed: CheckpointState | None) -> bool:
         if self._job.compile is not None:
