@@ -40,6 +40,7 @@ from cbtm_coordinator.clustering.report import write_report
 from cbtm_coordinator.clustering.sample import reservoir
 from cbtm_coordinator.clustering.sharding import TRAIN, shard_corpus
 from cbtm_coordinator.create_run_display import cluster_table, progress_bars, show_steps
+from cbtm_coordinator.lifecycle import Verification
 from cbtm_coordinator.upload_run import Files, patiently, register_clusters, upload_files
 from cbtm_coordinator.work_dir import remove_abandoned, work_dir
 
@@ -78,6 +79,7 @@ class CreateRunOptions:
     work_dir: Path | None = None
     resume_dir: Path | None = None
     engine: EngineName = EngineName.LOCAL
+    verification: Verification = Verification.OFF
 
 
 def create_run(connection: Connection, options: CreateRunOptions, console: Console) -> dict[str, Any]:
@@ -103,6 +105,7 @@ def create_run(connection: Connection, options: CreateRunOptions, console: Conso
             cluster_count=options.clusters,
             recipe_json=options.recipe.to_json(),
             from_scratch=options.from_scratch is not None,
+            verification=pb.Verification.Value(f"VERIFICATION_{options.verification}"),
         )
         run = connection.admin.CreateRun(request).run
         try:

@@ -51,6 +51,9 @@ def join(
     cache_dir: CacheDir = None,
     name: Annotated[str, typer.Option(help="Name shown to the owner.", show_default="this host's")] = "",
     run: Annotated[str, typer.Option(help="Only work on this run.")] = "",
+    evaluate_only: Annotated[
+        bool, typer.Option("--evaluate-only", help="Train nothing: check what others trained.")
+    ] = False,
     max_tasks: Annotated[int | None, typer.Option(help="Leave after so many finished tasks.", min=1)] = None,
     until_idle: Annotated[bool, typer.Option("--until-idle", help="Leave when no work is left.")] = False,
     micro_batch: Annotated[int | None, typer.Option(help="Sequences in one pass at most.", min=1)] = None,
@@ -79,6 +82,7 @@ def join(
     config = replace(
         config,
         run=run,
+        evaluate_only=evaluate_only,
         max_tasks=max_tasks,
         until_idle=until_idle,
         micro_batch=micro_batch,

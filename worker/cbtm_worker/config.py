@@ -27,6 +27,8 @@ class WorkerConfig:
     name: str = ""
     # Only tasks of this run.
     run: str = ""
+    # Take no task that trains: only evaluations and replays of what others trained.
+    evaluate_only: bool = False
     # Leave after so many finished tasks; None: never.
     max_tasks: int | None = None
     # Leave when there is nothing left to do.

@@ -118,6 +118,14 @@ class Inputs:
             check_model(base)
         return TaskFiles(shard_paths=[paths[s.path] for s in shards], model_dir=base, resume_dir=resume_dir)
 
+    def fetch_files(self, files: list[FileSpec]) -> dict[str, Path]:
+        """Verified files in the cache, by path. Raises as `fetch` does."""
+        return self._fetch_all(files)
+
+    def fetch_model(self, files: list[FileSpec], folder: Path) -> Path:
+        """A model's weights and configs, as a directory. Raises as `fetch` does."""
+        return self._materialize([f for f in files if f.path.endswith(_READ)], folder)
+
     def release(self) -> None:
         """The files may be dropped from the cache."""
         self._cache.release(self._used)

@@ -29,6 +29,7 @@ from cbtm_common.ids import new_request_id
 from cbtm_common.protos import from_duration
 from cbtm_common.rpc import Connection, connect
 from cbtm_common.transfer import Transfer
+from cbtm_worker.checking import CheckRunner
 from cbtm_worker.config import WorkerConfig
 from cbtm_worker.display import Display
 from cbtm_worker.hardware import choose_devices, describe
@@ -40,6 +41,8 @@ from cbtm_worker.session import Held, Session
 from cbtm_worker.task import Outcome, TaskContext, TaskRunner, describe_error, describe_task
 
 _log = logging.getLogger(__name__)
+_TRAINS = (pb.TASK_KIND_SEED, pb.TASK_KIND_EXPERT)
+_CHECKS = (pb.TASK_KIND_EVALUATE, pb.TASK_KIND_AUDIT)
 _FULL_DISK_WAIT = 60.0
 _OUTAGE_WAIT = 5.0
 # What the coordinator says when it is away, fails by itself, or has too much to do.
@@ -174,7 +177,8 @@ class Worker:
         if unfinished is not None:
             return unfinished, True
         point("worker.acquire.before")
-        answer = self._session.acquire(self._hardware(), self._config.run, self._request_id)
+        kinds = _CHECKS if self._config.evaluate_only else (*_TRAINS, *_CHECKS)
+        answer = self._session.acquire(self._hardware(), self._config.run, self._request_id, kinds)
         point("worker.acquire.after_answer")
         self._request_id = new_request_id()
         return answer, False
@@ -220,7 +224,10 @@ class Worker:
         try:
             self._keep(answer)
             point("worker.acquire.after")
-            outcome = TaskRunner(self._context, held, answer.spec, heartbeat, continued=continued).run()
+            if task.kind in _CHECKS:
+                outcome = CheckRunner(self._context, held, answer.spec, heartbeat).run()
+            else:
+                outcome = TaskRunner(self._context, held, answer.spec, heartbeat, continued=continued).run()
         except Exception as error:  # noqa: BLE001  # whatever happens to one task, the next may go well
             # A rejection ends the lease, and says more than that it is lost.
             rejected = isinstance(error, CheckpointRejected)

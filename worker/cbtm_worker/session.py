@@ -63,13 +63,15 @@ class Session:
         self.connection.credential = identity.credential
         return identity
 
-    def acquire(self, hardware: pb.Hardware, run: str, request_id: str = "") -> ws.AcquireLeaseResponse:
+    def acquire(
+        self, hardware: pb.Hardware, run: str, request_id: str = "", kinds: Sequence[pb.TaskKind.ValueType] = ()
+    ) -> ws.AcquireLeaseResponse:
         """Who keeps `request_id` until an answer came leaves no lease behind whose answer was lost.
 
         Raises InvalidArgument for a task whose id may not name a folder.
         """
         answer = self.connection.worker.AcquireLease(
-            ws.AcquireLeaseRequest(request_id=request_id or new_request_id(), hardware=hardware, run=run)
+            ws.AcquireLeaseRequest(request_id=request_id or new_request_id(), hardware=hardware, run=run, kinds=kinds)
         )
         if answer.HasField("lease"):
             check_name(answer.spec.task.id, field="task.id")
@@ -123,6 +125,20 @@ class Session:
                 epoch=held.epoch,
                 checkpoint_id=checkpoint_id,
                 metrics=struct(metrics),
+            ),
+            timeout=_COMMIT_TIMEOUT,
+        )
+
+    def report_check(
+        self, held: Held, *, evaluation: ws.EvaluationReport | None = None, audit: ws.AuditReport | None = None
+    ) -> ws.ReportCheckResponse:
+        return self.connection.worker.ReportCheck(
+            ws.ReportCheckRequest(
+                request_id=new_request_id(),
+                lease_id=held.lease_id,
+                epoch=held.epoch,
+                evaluation=evaluation,
+                audit=audit,
             ),
             timeout=_COMMIT_TIMEOUT,
         )

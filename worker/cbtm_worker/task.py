@@ -6,7 +6,7 @@ import contextlib
 import logging
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -200,7 +200,7 @@ class TaskRunner:
             self._heartbeat.check()
             self._uploader.check()
             if self._context.stop.is_set() or self._heartbeat.stop.is_set():
-                return self._leave(trainer, self._metrics(speed, started))
+                return self._leave(trainer, self._metrics(trainer, speed, started))
             result = trainer.train_step()
             speed.add(result.tokens)
             now = time.monotonic()
@@ -211,12 +211,12 @@ class TaskRunner:
             due = asked or now - saved >= self._heartbeat.checkpoint_seconds
             # One that is still being written is worth more than the next.
             if due and result.step < trainer.total_steps and not self._uploader.is_writing:
-                metrics = {**self._metrics(speed, started), "loss": result.loss}
+                metrics = {**self._metrics(trainer, speed, started), "loss": result.loss}
                 self._uploader.submit(trainer.snapshot(), step=trainer.step, final=False, metrics=metrics)
                 asked, saved = False, time.monotonic()
         self._heartbeat.update(phase="upload")
         self._view.phase = "upload"
-        metrics = self._metrics(speed, started)
+        metrics = self._metrics(trainer, speed, started)
         self._uploader.submit(trainer.snapshot(final=True), step=trainer.step, final=True, metrics=metrics, last=True)
         return self._flushed(Outcome.FINISHED)
 
@@ -284,18 +284,23 @@ class TaskRunner:
         view.sending = (sending.step, sending.sent_bytes, sending.total_bytes) if sending else None
         self._context.display.show(view)
 
-    def _metrics(self, speed: Speed, started: float) -> dict[str, JsonValue]:
+    def _metrics(self, trainer: Trainer, speed: Speed, started: float) -> dict[str, JsonValue]:
         return {
             "loss": self._view.loss,
             "tokens_per_second": speed.tokens_per_second,
             "train_seconds": time.monotonic() - started,
             "device": ", ".join(self._context.devices),
+            # By which a replay knows what to expect.
+            **asdict(trainer.computation),
         }
 
 
 def describe_task(task: pb.Task) -> str:
-    """A task as a volunteer reads it: "seed", "cluster 3"."""
-    return "seed" if task.kind == pb.TASK_KIND_SEED else f"cluster {task.cluster_index}"
+    """A task as a volunteer reads it: "seed", "cluster 3", "evaluation of cluster 3"."""
+    of = "seed" if task.kind == pb.TASK_KIND_SEED or task.cluster_index < 0 else f"cluster {task.cluster_index}"
+    if task.kind == pb.TASK_KIND_EVALUATE:
+        return f"evaluation of {of}"
+    return f"replay of {of}" if task.kind == pb.TASK_KIND_AUDIT else of
 
 
 def describe_error(error: BaseException) -> str:

@@ -1,7 +1,8 @@
-"""`run create | list | baseline | pause | resume | delete`."""
+"""`run create | list | baseline | verify | pause | resume | delete`."""
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -13,6 +14,18 @@ from cbtm_coordinator.cli.options import AdminToken, Coordinator, DataDir, Json,
 from cbtm_coordinator.cli.status import show_runs
 from cbtm_coordinator.clustering.engine import EngineName
 
+
+class Verify(StrEnum):
+    OFF = "off"
+    PEERS = "peers"
+    TRUSTED = "trusted"
+
+
+_CHECKERS = {
+    Verify.OFF: "nobody; what is whole is accepted",
+    Verify.PEERS: "workers of other accounts",
+    Verify.TRUSTED: "workers that joined with a token made with --trusted",
+}
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 
 
@@ -39,6 +52,9 @@ def create(
     resume_dir: Annotated[
         Path | None, typer.Option(help="Folder to keep shards in until the run is made: once killed, it goes on there.")
     ] = None,
+    verify: Annotated[
+        Verify, typer.Option(help="Who checks what workers hand in: nobody, other accounts, trusted workers.")
+    ] = Verify.OFF,
     engine: Annotated[
         EngineName, typer.Option(help="Where text is worked on: this machine's cores, or a Ray cluster.")
     ] = EngineName.LOCAL,
@@ -56,6 +72,7 @@ def create(
     from cbtm_common.cli import show_json
     from cbtm_common.recipe import Recipe
     from cbtm_coordinator.create_run import CreateRunOptions, create_run
+    from cbtm_coordinator.lifecycle import Verification
 
     if (seed_model is None) == (from_scratch is None):
         raise InvalidArgument("seed-model: pass exactly one of --seed-model and --from-scratch", field="seed-model")
@@ -74,6 +91,7 @@ def create(
         work_dir=work_dir,
         resume_dir=resume_dir,
         engine=engine,
+        verification=Verification[verify.name],
     )
     _interrupt_when_told_to_end()
     with open_connection(coordinator, token, data_dir) as connection:
@@ -144,6 +162,26 @@ def resume(run: str, coordinator: Coordinator = None, token: AdminToken = None, 
     with open_connection(coordinator, token, data_dir) as connection:
         connection.admin.ResumeRun(ad.ResumeRunRequest(request_id=new_request_id(), run=run))
     typer.echo(f"{run} goes on")
+
+
+@app.command()
+def verify(
+    run: str,
+    by: Annotated[Verify, typer.Argument(help="Nobody, workers of other accounts, or trusted workers alone.")],
+    coordinator: Coordinator = None,
+    token: AdminToken = None,
+    data_dir: DataDir = None,
+) -> None:
+    """Say who checks what workers hand in from now on. With `off`, what waits to be checked is accepted."""
+    from cbtm_api.v1 import admin_service_pb2 as ad
+    from cbtm_api.v1 import resources_pb2 as pb
+    from cbtm_common.ids import new_request_id
+
+    with open_connection(coordinator, token, data_dir) as connection:
+        verification = pb.Verification.Value(f"VERIFICATION_{by.name}")
+        request = ad.SetVerificationRequest(request_id=new_request_id(), run=run, verification=verification)
+        connection.admin.SetVerification(request)
+    typer.echo(f"{run}: work is checked by {_CHECKERS[by]}")
 
 
 @app.command()

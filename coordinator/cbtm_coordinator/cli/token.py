@@ -22,6 +22,9 @@ def create(
     account: Annotated[
         str, typer.Option(help="Whose the machines are that join with it (default: the label, or one of its own).")
     ] = "",
+    trusted: Annotated[
+        bool, typer.Option("--trusted", help="Who joins with it is believed, and may check others alone.")
+    ] = False,
     expires: Annotated[str | None, typer.Option(help="Such as 12h, 7d, 4w (default: never).")] = None,
     uses: Annotated[int, typer.Option(help="How many machines may join with it; 0 for any number.")] = 0,
     coordinator: Coordinator = None,
@@ -42,7 +45,13 @@ def create(
     with open_connection(coordinator, token, data_dir) as connection:
         made = connection.admin.CreateToken(
             ad.CreateTokenRequest(
-                request_id=new_request_id(), role=roles[role], label=label, account=account, ttl=ttl, max_uses=uses
+                request_id=new_request_id(),
+                role=roles[role],
+                label=label,
+                account=account,
+                trusted=trusted,
+                ttl=ttl,
+                max_uses=uses,
             )
         )
     if as_json:
@@ -70,11 +79,16 @@ def list_tokens(
                 ends = (
                     from_timestamp(t.expire_time).isoformat(timespec="minutes") if t.HasField("expire_time") else None
                 )
-                rows.append([t.id, role, t.label, t.account, t.uses, t.max_uses or None, ends, t.revoked])
+                rows.append([t.id, role, t.label, t.account, t.uses, t.max_uses or None, ends, t.trusted, t.revoked])
             page = answer.next_page_token
             if not page:
                 break
-    show_table("Tokens", ["ID", "Role", "Label", "Account", "Uses", "Of", "Expires", "Revoked"], rows, as_json=as_json)
+    show_table(
+        "Tokens",
+        ["ID", "Role", "Label", "Account", "Uses", "Of", "Expires", "Trusted", "Revoked"],
+        rows,
+        as_json=as_json,
+    )
 
 
 @app.command()

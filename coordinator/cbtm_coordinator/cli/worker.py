@@ -44,6 +44,7 @@ def list_workers(
                         task,
                         w.finished_tasks,
                         w.failed_tasks,
+                        "all" if w.trusted else round(w.trust, 2),
                         seen,
                         w.reason,
                     ]
@@ -51,7 +52,7 @@ def list_workers(
             page = answer.next_page_token
             if not page:
                 break
-    columns = ["ID", "Name", "Account", "State", "Device", "Task", "Done", "Failed", "Seen s ago", "Reason"]
+    columns = ["ID", "Name", "Account", "State", "Device", "Task", "Done", "Failed", "Trust", "Seen s ago", "Reason"]
     show_table("Workers", columns, rows, as_json=as_json)
 
 
@@ -59,15 +60,27 @@ def list_workers(
 def revoke(
     worker_id: str,
     reason: Annotated[str, typer.Option(help="Shown to the volunteer.")] = "",
+    quarantine: Annotated[
+        bool,
+        typer.Option("--quarantine", help="Its whole account: all its workers and tokens, and all it contributed."),
+    ] = False,
     coordinator: Coordinator = None,
     token: AdminToken = None,
     data_dir: DataDir = None,
 ) -> None:
-    """Shut a worker out. Its tasks go on elsewhere from their last checkpoints."""
+    """Shut a worker out. Its tasks go on elsewhere from their last checkpoints.
+
+    With --quarantine they go on from the last checkpoint of somebody else, and experts with its work in them fall back
+    to the version before, or are trained anew.
+    """
     from cbtm_api.v1 import admin_service_pb2 as ad
     from cbtm_common.ids import new_request_id
 
     with open_connection(coordinator, token, data_dir) as connection:
-        request = ad.RevokeWorkerRequest(request_id=new_request_id(), worker_id=worker_id, reason=reason)
+        request = ad.RevokeWorkerRequest(
+            request_id=new_request_id(), worker_id=worker_id, reason=reason, quarantine=quarantine
+        )
         answer = connection.admin.RevokeWorker(request)
     typer.echo(f"{answer.worker.name} ({worker_id}) is revoked: {answer.worker.reason}")
+    if quarantine:
+        typer.echo(f"all it contributed is quarantined; {answer.reopened_tasks} task(s) are open again")

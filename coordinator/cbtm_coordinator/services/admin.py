@@ -24,6 +24,7 @@ from cbtm_coordinator.services.structure import Structures, add_architecture
 from cbtm_coordinator.storage import finish_upload, verify
 from cbtm_coordinator.store import (
     Connection,
+    acceptance,
     accounts,
     checkpoints,
     events,
@@ -31,6 +32,7 @@ from cbtm_coordinator.store import (
     identities,
     leases,
     requeue,
+    rollback,
     runs,
     tasks,
 )
@@ -255,7 +257,7 @@ class AdminServicer(AdminServiceServicer):
             raise InvalidArgument("verification: is not set; off, peers or trusted", field="verification")
 
         def answer(tx: Connection) -> ad.SetVerificationResponse:
-            run = runs.set_verification(tx, self._store.now(), runs.get(tx, request.run, lock=True), verification)
+            run = acceptance.set_verification(tx, self._store.now(), runs.get(tx, request.run, lock=True), verification)
             return ad.SetVerificationResponse(run=convert.run(run))
 
         return self._context.once(request, ad.SetVerificationResponse, answer)
@@ -314,9 +316,15 @@ class AdminServicer(AdminServiceServicer):
         def answer(tx: Connection) -> ad.RevokeWorkerResponse:
             now = self._store.now()
             reason = request.reason or "revoked by the run's owner"
+            reopened = 0
+            if request.quarantine:
+                account_id = identities.get_worker(tx, request.worker_id).account_id
+                reopened = rollback.quarantine(tx, now, account_id, reason)
             identities.set_revoked(tx, now, request.worker_id, reason)
             leases.revoke_leases(tx, now, reason=reason, worker_id=request.worker_id)
-            return ad.RevokeWorkerResponse(worker=convert.worker(identities.get_worker(tx, request.worker_id)))
+            return ad.RevokeWorkerResponse(
+                worker=convert.worker(identities.get_worker(tx, request.worker_id)), reopened_tasks=reopened
+            )
 
         return self._context.once(request, ad.RevokeWorkerResponse, answer)
 
@@ -327,6 +335,8 @@ class AdminServicer(AdminServiceServicer):
             raise InvalidArgument("max_uses: is negative; 0 is without limit", field="max_uses")
         ttl = from_duration(request.ttl) if request.HasField("ttl") else None
         role = pb.TokenRole.Name(request.role).removeprefix("TOKEN_ROLE_")
+        if request.trusted and request.role != pb.TOKEN_ROLE_WORKER:
+            raise InvalidArgument("trusted: is for a token of role worker", field="trusted")
         account = request.account.strip()
         if len(account) > 200 or not account.isprintable():
             raise InvalidArgument("account: at most 200 printable characters", field="account")
@@ -342,6 +352,7 @@ class AdminServicer(AdminServiceServicer):
                 secret_hash=hash_secret(self._context.secret(role.lower(), token_id)),
                 label=request.label[:200],
                 account=account,
+                trusted=request.trusted,
                 expire_time=None if ttl is None else now + ttl,
                 max_uses=request.max_uses,
             )

@@ -21,7 +21,6 @@ from cbtm_common.run_routing import RunRouting
 from cbtm_coordinator.services import convert, paging
 from cbtm_coordinator.services.auth import Role, caller
 from cbtm_coordinator.services.context import ServiceContext
-from cbtm_coordinator.services.worker import convert_file
 from cbtm_coordinator.store import Connection, experts, runs
 from cbtm_coordinator.store.records import RunRecord
 
@@ -122,7 +121,7 @@ class CatalogServicer(CatalogServiceServicer):
         anonymous = caller.get().role is Role.ANONYMOUS
         shards = [] if anonymous else runs.list_shards(tx, run.data_run_id, keys=keys)
         return [
-            *(convert_file(shard.key, shard.size, shard.sha256) for _, shard in shards),
+            *(convert.shard_file(shard) for _, shard in shards),
             *(f.file for f in runs.files(tx, run)),
             *(f for expert in experts.current(tx, run.id) for f in expert.files),
         ]

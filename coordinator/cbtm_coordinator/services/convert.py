@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 from cbtm_api.v1 import resources_pb2 as pb
+from cbtm_common.files import FileSpec
 from cbtm_common.protos import struct, timestamp
 from cbtm_coordinator.store.records import (
     CheckpointRecord,
@@ -59,10 +60,14 @@ def shard(record: ShardRecord) -> pb.Shard:
         cluster_id=record.cluster_id,
         split=pb.Split.Value(f"SPLIT_{record.split}"),
         ordinal=record.ordinal,
-        file=pb.FileSpec(path=record.key.rpartition("/")[2], key=record.key, size=record.size, sha256=record.sha256),
+        file=shard_file(record).to_proto(),
         tokens=record.tokens,
         documents=record.documents,
     )
+
+
+def shard_file(record: ShardRecord) -> FileSpec:
+    return FileSpec(path=record.key.rpartition("/")[2], key=record.key, size=record.size, sha256=record.sha256)
 
 
 def task(record: TaskRecord) -> pb.Task:

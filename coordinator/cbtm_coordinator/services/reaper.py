@@ -15,7 +15,7 @@ from cbtm_common.errors import CbtmError, NotFound
 from cbtm_common.faults import point
 from cbtm_coordinator.lifecycle import RunState
 from cbtm_coordinator.storage import ObjectStore
-from cbtm_coordinator.store import Store, checkpoints, events, leases, runs
+from cbtm_coordinator.store import Store, acceptance, checkpoints, checks, events, leases, runs
 
 _log = logging.getLogger(__name__)
 _RUN_KEY = re.compile(r"runs/(run_[0-9a-z]+)/")
@@ -63,6 +63,7 @@ class Reaper:
     def tick(self) -> None:
         """One round."""
         self.expire_leases()
+        self.replace_failed_checks()
         self.delete_pruned()
         if self._store.now() >= self._next_orphans:
             self._next_orphans = self._store.now() + self._orphan_interval
@@ -82,6 +83,15 @@ class Reaper:
                 expired += 1
                 _log.info("lease %s of %s expired: %s", lease.id, lease.task_id, lease.reason)
         return expired
+
+    def replace_failed_checks(self) -> int:
+        """Checks that ended without a report are opened for others, or given up."""
+        with self._store.reading() as tx:
+            subjects = checks.stalled(tx)
+        for task_id in subjects:
+            with self._store.writing() as tx:
+                acceptance.decide(tx, self._store.now(), task_id)
+        return len(subjects)
 
     def delete_pruned(self) -> int:
         """Deletes the objects of superseded and rejected checkpoints."""

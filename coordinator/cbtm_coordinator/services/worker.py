@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 from datetime import timedelta
 from typing import Any
 
@@ -18,8 +19,9 @@ from cbtm_common.files import FileSpec
 from cbtm_common.ids import hash_secret, new_id
 from cbtm_common.protos import duration, from_struct, timestamp
 from cbtm_common.recipe import Recipe
-from cbtm_coordinator.lifecycle import CHECKING, CheckpointState, RunState, TaskKind
+from cbtm_coordinator.lifecycle import CHECKING, TRAINING, CheckpointState, RunState, TaskKind
 from cbtm_coordinator.scheduler import Measured, Pace, poll_after
+from cbtm_coordinator.services import checks as check_service
 from cbtm_coordinator.services import convert, paging
 from cbtm_coordinator.services.auth import caller, check_active
 from cbtm_coordinator.services.commit import Verifier
@@ -28,7 +30,9 @@ from cbtm_coordinator.services.structure import Structures, add_sizes
 from cbtm_coordinator.store import (
     Connection,
     Renewal,
+    acceptance,
     checkpoints,
+    checks,
     events,
     experts,
     identities,
@@ -58,6 +62,8 @@ class WorkerServicer(WorkerServiceServicer):
         self._store = context.store
         self._verifier = verifier
         self._structures = structures
+        # Nobody can foresee which segments are audited.
+        self._draw = random.SystemRandom().random
         # By the run whose they are.
         self._tokenizers: dict[str, list[FileSpec]] = {}
 
@@ -91,6 +97,8 @@ class WorkerServicer(WorkerServiceServicer):
     def AcquireLease(self, request: ws.AcquireLeaseRequest, context: Any) -> ws.AcquireLeaseResponse:
         worker_id = caller.get().id
         hardware = _hardware_json(request.hardware) if request.HasField("hardware") else ""
+        # A worker that names none is older than the others.
+        kinds = {TaskKind(pb.TaskKind.Name(k).removeprefix("TASK_KIND_")) for k in request.kinds if k} or TRAINING
 
         def answer(tx: Connection) -> ws.AcquireLeaseResponse:
             now = self._store.now()
@@ -99,7 +107,15 @@ class WorkerServicer(WorkerServiceServicer):
             check_active(worker)
             if worker.not_before_time is not None and worker.not_before_time > now:
                 return ws.AcquireLeaseResponse(retry_after=duration(worker.not_before_time - now), reason=worker.reason)
-            claimed = leases.acquire(tx, now, worker_id, run_id=run_id)
+            claimed = leases.acquire(
+                tx,
+                now,
+                worker_id,
+                run_id=run_id,
+                account_id=worker.account_id,
+                trusted=worker.trusted,
+                kinds=kinds,
+            )
             if claimed is None:
                 return self._nothing(tx, run_id)
             point("coordinator.acquire.before_commit")
@@ -118,8 +134,10 @@ class WorkerServicer(WorkerServiceServicer):
 
     def _spec(self, tx: Connection, claim: leases.Claim) -> ws.TaskSpec:
         run, task = claim.run, claim.task
+        check = checks.get(tx, task.id) if task.kind in CHECKING else None
+        subject = task if check is None else tasks.get_task(tx, check.subject_id)
         policy = leases.lease_policy(run.recipe_json)
-        resume = checkpoints.latest_good(tx, task)
+        resume = checkpoints.latest_good(tx, task) if check is None else check_service.begins_at(tx, check)
         return ws.TaskSpec(
             task=convert.task(task),
             run=convert.run(run),
@@ -128,9 +146,10 @@ class WorkerServicer(WorkerServiceServicer):
                 renew_interval=duration(policy.renew_seconds),
                 checkpoint_interval=duration(policy.checkpoint_seconds),
             ),
-            base_model_files=[f.to_proto() for f in self._base_model(tx, run, task)],
+            base_model_files=[f.to_proto() for f in self._base_model(tx, run, subject)],
             tokenizer_files=[f.to_proto() for f in self._tokenizer(tx, run)],
             resume_from=convert.checkpoint(resume) if resume else None,
+            check=None if check is None else check_service.describe(tx, run, check),
         )
 
     def _base_model(self, tx: Connection, run: RunRecord, task: TaskRecord) -> list[FileSpec]:
@@ -184,6 +203,10 @@ class WorkerServicer(WorkerServiceServicer):
         after = paging.decode(request.page_token, [])
         with self._store.reading() as tx:
             _, task = self._held(tx, request.lease_id, request.epoch)
+            if task.kind is TaskKind.EVALUATE:
+                return ws.ListTaskShardsResponse()
+            if task.kind is TaskKind.AUDIT:
+                task = tasks.get_task(tx, checks.get(tx, task.id).subject_id)
             run = runs.get(tx, task.run_id)
             rows = runs.list_shards(
                 tx,
@@ -208,17 +231,31 @@ class WorkerServicer(WorkerServiceServicer):
         return ws.PrepareDownloadResponse(downloads=self._context.download(files, request.keys))
 
     def _readable(self, tx: Connection, task: TaskRecord, keys: list[str]) -> list[FileSpec]:
-        """What the holder of a task may read, shards only among `keys`: none held out, none of another cluster."""
+        """What the holder of a task may read, shards only among `keys`: none held out, none of another cluster.
+
+        Of an EVALUATE: what it scores, and on what.
+        """
         run = runs.get(tx, task.run_id)
+        if task.kind in CHECKING:
+            check = checks.get(tx, task.id)
+            subject = tasks.get_task(tx, check.subject_id)
+            account_id = identities.get_worker(tx, caller.get().id).account_id
+            files = [*check_service.readable(tx, run, check, account_id), *self._base_model(tx, run, subject)]
+            if check.kind is TaskKind.AUDIT:
+                files += self._train_shards(tx, run, subject, keys)
+            return files
         resume = checkpoints.latest_good(tx, task)
-        cluster_id = None if task.kind is TaskKind.SEED or run.baseline_of else task.cluster_id
-        shards = runs.list_shards(tx, run.data_run_id, split=TRAIN, cluster_id=cluster_id, keys=keys)
         return [
-            *(convert_file(shard.key, shard.size, shard.sha256) for _, shard in shards),
+            *self._train_shards(tx, run, task, keys),
             *self._base_model(tx, run, task),
             *self._tokenizer(tx, run),
             *(resume.files if resume else []),
         ]
+
+    def _train_shards(self, tx: Connection, run: RunRecord, task: TaskRecord, keys: list[str]) -> list[FileSpec]:
+        cluster_id = None if task.kind is TaskKind.SEED or run.baseline_of else task.cluster_id
+        found = runs.list_shards(tx, run.data_run_id, split=TRAIN, cluster_id=cluster_id, keys=keys)
+        return [convert.shard_file(shard) for _, shard in found]
 
     def _held(self, tx: Connection, lease_id: str, epoch: int) -> tuple[LeaseRecord, TaskRecord]:
         return leases.require(tx, lease_id, epoch, caller.get().id)
@@ -226,6 +263,8 @@ class WorkerServicer(WorkerServiceServicer):
     def PrepareUpload(self, request: ws.PrepareUploadRequest, context: Any) -> ws.PrepareUploadResponse:
         with self._store.writing(by_statement=True) as tx:
             lease, task = self._held(tx, request.lease_id, request.epoch)
+            if task.kind in CHECKING:
+                raise InvalidState(f"task {task.id} is {task.kind}: it has no checkpoints")
             prefix = f"runs/{task.run_id}/tasks/{task.id}/e{lease.epoch:08d}/s{request.step:010d}"
             files = checked_files(request.files, maximum=_MAX_FILES, prefix=prefix)
             check_paths(files)
@@ -292,6 +331,7 @@ class WorkerServicer(WorkerServiceServicer):
                 metrics=from_struct(request.metrics),
             )
             add_sizes(tx, done.id, sizes)
+            acceptance.after_commit(tx, self._store.now(), done, after, draw=self._draw)
             point("coordinator.commit.before_commit")
             return ws.CommitCheckpointResponse(
                 checkpoint=convert.checkpoint(done), task_state=convert.task_state(after)
@@ -318,10 +358,15 @@ class WorkerServicer(WorkerServiceServicer):
 
     def ReportCheck(self, request: ws.ReportCheckRequest, context: Any) -> ws.ReportCheckResponse:
         def answer(tx: Connection) -> ws.ReportCheckResponse:
-            _, task = self._held(tx, request.lease_id, request.epoch)
+            lease, task = self._held(tx, request.lease_id, request.epoch)
             if task.kind not in CHECKING:
                 raise InvalidState(f"task {task.id} is {task.kind}: it is trained, there is nothing to report")
-            return ws.ReportCheckResponse(task_state=convert.task_state(task))
+            worker = identities.get_worker(tx, caller.get().id)
+            compare_with = check_service.report(tx, self._store.now(), request, lease, task, worker)
+            return ws.ReportCheckResponse(
+                task_state=convert.task_state(tasks.get_task(tx, task.id)),
+                compare_with=None if compare_with is None else convert.checkpoint(compare_with),
+            )
 
         return self._context.once(request, ws.ReportCheckResponse, answer)
 
@@ -382,10 +427,6 @@ def _sized(pace: Pace) -> pb.LeasePolicy:
     return pb.LeasePolicy(
         lease_duration=duration(pace.lease), checkpoint_interval=duration(pace.checkpoint), reason=pace.reason
     )
-
-
-def convert_file(key: str, size: int, sha256: str) -> FileSpec:
-    return FileSpec(path=key.rpartition("/")[2], key=key, size=size, sha256=sha256)
 
 
 def _printable(text: str, length: int) -> str:

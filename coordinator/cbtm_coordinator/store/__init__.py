@@ -12,7 +12,11 @@
     renewals     renew
     checkpoints  begin, committable, commit, latest_good, newest_committed; pruning: drop, prune_finished,
                  prune_abandoned, deletable, mark_deleted
-    experts      add, seed, current
+    experts      add, seed, current, versions, quarantine
+    checks       open_evaluation, open_audit, get, of_subject, report, settle
+    acceptance   after_commit, decide, accept, set_verification
+    rollback     reject, quarantine
+    eligibility  may_take, others, has_trained, sees_held_out
     requeue      requeue_task
     accounts     named, names
     rejections   reject
@@ -35,8 +39,11 @@ from datetime import UTC, datetime
 from sqlalchemy import Connection
 
 from cbtm_coordinator.store import (
+    acceptance,
     accounts,
     checkpoints,
+    checks,
+    eligibility,
     events,
     experts,
     identities,
@@ -44,6 +51,7 @@ from cbtm_coordinator.store import (
     rejections,
     requests,
     requeue,
+    rollback,
     runs,
     structure,
     tasks,
@@ -57,8 +65,11 @@ __all__ = [
     "Renewal",
     "Renewed",
     "Store",
+    "acceptance",
     "accounts",
     "checkpoints",
+    "checks",
+    "eligibility",
     "events",
     "experts",
     "identities",
@@ -66,6 +77,7 @@ __all__ = [
     "rejections",
     "requests",
     "requeue",
+    "rollback",
     "runs",
     "structure",
     "tasks",

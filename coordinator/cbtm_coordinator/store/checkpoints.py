@@ -17,7 +17,16 @@ from sqlalchemy.dialects import postgresql, sqlite
 from cbtm_common.errors import CheckpointRejected, InvalidArgument, InvalidState, LeaseLost, NotFound, PermissionDenied
 from cbtm_common.files import FileSpec, strip_prefix
 from cbtm_common.ids import new_id
-from cbtm_coordinator.lifecycle import CheckpointState, LeaseState, RunState, TaskKind, TaskState, sources
+from cbtm_coordinator.lifecycle import (
+    TRAINING,
+    CheckpointState,
+    LeaseState,
+    RunState,
+    TaskKind,
+    TaskState,
+    Verification,
+    sources,
+)
 from cbtm_coordinator.store import events, experts, leases, runs, tasks
 from cbtm_coordinator.store.records import (
     CheckpointRecord,
@@ -27,8 +36,9 @@ from cbtm_coordinator.store.records import (
     files_to_json,
     prefixed,
 )
-from cbtm_coordinator.tables import checkpoints
+from cbtm_coordinator.tables import checkpoints, checks, workers
 from cbtm_coordinator.tables import leases as leases_table
+from cbtm_coordinator.tables import runs as runs_table
 from cbtm_coordinator.tables import tasks as tasks_table
 
 MODEL_PREFIX = "model"
@@ -204,8 +214,9 @@ def commit(
     epoch: int,
     metrics: Mapping[str, object],
 ) -> tuple[CheckpointRecord, TaskRecord]:
-    """Makes a checkpoint visible, if its worker still may: guarded by states and epoch. The final one becomes an
-    expert.
+    """Makes a checkpoint visible, if its worker still may: guarded by states and epoch.
+
+    The final one becomes an expert, unless the run has it checked first: then its task stays SUBMITTED.
 
     `checkpoint` is the record whose files were verified; when its worker announced other files since, it is refused.
     """
@@ -252,10 +263,28 @@ def commit(
     )
     _prune_superseded(tx, task.id)
     committed = CheckpointRecord.of(row)
-    if not checkpoint.final:
+    if not checkpoint.final or _is_checked_first(tx, task, worker_id):
         return committed, task
     accept(tx, now, committed)
     return get(tx, checkpoint.id), tasks.get_task(tx, task.id)
+
+
+def _is_checked_first(tx: Connection, task: TaskRecord, worker_id: str) -> bool:
+    """A run that verifies nothing believes everybody, and any run its trusted workers."""
+    verification = tx.execute(select(runs_table.c.verification).where(runs_table.c.id == task.run_id)).scalar_one()
+    if verification == Verification.OFF.value:
+        return False
+    return not tx.execute(select(workers.c.trusted).where(workers.c.id == worker_id)).scalar_one()
+
+
+def submitted(tx: Connection, task: TaskRecord) -> CheckpointRecord:
+    """The final checkpoint of a SUBMITTED task."""
+    query = select(checkpoints).where(
+        checkpoints.c.task_id == task.id,
+        checkpoints.c.step == task.total_steps,
+        checkpoints.c.state == CheckpointState.COMMITTED.value,
+    )
+    return CheckpointRecord.of(tx.execute(query).one())
 
 
 def accept(tx: Connection, now: datetime, checkpoint: CheckpointRecord) -> ExpertRecord:
@@ -302,7 +331,11 @@ def _advance_run(tx: Connection, now: datetime, task: TaskRecord) -> None:
     left = tx.execute(
         select(func.count())
         .select_from(tasks_table)
-        .where(tasks_table.c.run_id == run.id, tasks_table.c.state != TaskState.DONE.value)
+        .where(
+            tasks_table.c.run_id == run.id,
+            tasks_table.c.kind.in_(sorted(TRAINING)),
+            tasks_table.c.state != TaskState.DONE.value,
+        )
     ).scalar_one()
     if left == 0 and run.state is RunState.TRAINING:
         runs.change_state(tx, now, run, "all_accepted", "")
@@ -337,8 +370,27 @@ def newest_committed(tx: Connection, task_ids: Sequence[str]) -> dict[str, Check
     return {row.task_id: CheckpointRecord.of(row) for row in tx.execute(query)}
 
 
+# Both ends of a segment that is being replayed stay.
+_PINNED = and_(
+    runs_table.c.verification != Verification.OFF.value,
+    select(checks.c.task_id)
+    .where(
+        checks.c.settled.is_(False),
+        or_(checks.c.checkpoint_id == checkpoints.c.id, checks.c.base_id == checkpoints.c.id),
+    )
+    .exists(),
+)
 _OPEN_CHECKPOINTS = (
-    select(checkpoints.c.id, checkpoints.c.step, checkpoints.c.state)
+    select(
+        checkpoints.c.id,
+        checkpoints.c.step,
+        checkpoints.c.epoch,
+        checkpoints.c.state,
+        runs_table.c.verification,
+        _PINNED.label("is_pinned"),
+    )
+    .join(tasks_table, tasks_table.c.id == checkpoints.c.task_id)
+    .join(runs_table, runs_table.c.id == tasks_table.c.run_id)
     .where(
         checkpoints.c.task_id == bindparam("of_task"),
         checkpoints.c.state.in_([CheckpointState.COMMITTED.value, CheckpointState.UPLOADING.value]),
@@ -348,11 +400,19 @@ _OPEN_CHECKPOINTS = (
 
 
 def _prune_superseded(tx: Connection, task_id: str) -> None:
-    """All but the newest committed checkpoints become PRUNED, and so do uploads that they overtook."""
+    """All but the newest committed checkpoints become PRUNED, and so do uploads that they overtook.
+
+    Where work is verified, each lease's last one stays too: to go on from, should what came after not be believed.
+    """
     rows = tx.execute(_OPEN_CHECKPOINTS, {"of_task": task_id}).all()
     committed = [row for row in rows if row.state == CheckpointState.COMMITTED.value]
     newest = committed[0].step if committed else 0
-    stale = committed[KEEP_COMMITTED:] + [
+    last_of_lease: dict[int, str] = {}
+    for row in committed:
+        if row.verification != Verification.OFF.value:
+            last_of_lease.setdefault(row.epoch, row.id)
+    kept = {row.id for row in committed if row.is_pinned} | set(last_of_lease.values())
+    stale = [row for row in committed[KEEP_COMMITTED:] if row.id not in kept] + [
         row for row in rows if row.state == CheckpointState.UPLOADING.value and row.step <= newest
     ]
     if stale:

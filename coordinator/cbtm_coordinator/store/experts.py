@@ -1,11 +1,14 @@
-"""Experts: the accepted models of a run, each version of each cluster, and the seed. Rows are added only."""
+"""Experts: the accepted models of a run, each version of each cluster, and the seed.
+
+Rows are added only; one whose makers are not believed any more is quarantined, and the version before it is current.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import datetime
 
-from sqlalchemy import Connection, bindparam, func, insert, select
+from sqlalchemy import Connection, bindparam, func, insert, select, update
 
 from cbtm_common.files import FileSpec
 from cbtm_common.ids import new_id
@@ -49,7 +52,11 @@ def add(
 
 _NEWEST = (
     select(experts)
-    .where(experts.c.run_id == bindparam("of_run"), experts.c.cluster_index == bindparam("of_cluster_index"))
+    .where(
+        experts.c.run_id == bindparam("of_run"),
+        experts.c.cluster_index == bindparam("of_cluster_index"),
+        experts.c.quarantined.is_(False),
+    )
     .order_by(experts.c.version.desc())
     .limit(1)
 )
@@ -65,7 +72,7 @@ def current(tx: Connection, run_id: str) -> list[ExpertRecord]:
     """The newest version of each cluster's expert, the seed (index -1) first."""
     newest = (
         select(experts.c.cluster_index, func.max(experts.c.version).label("version"))
-        .where(experts.c.run_id == run_id)
+        .where(experts.c.run_id == run_id, experts.c.quarantined.is_(False))
         .group_by(experts.c.cluster_index)
         .subquery()
     )
@@ -79,3 +86,23 @@ def current(tx: Connection, run_id: str) -> list[ExpertRecord]:
         .order_by(experts.c.cluster_index)
     )
     return [ExpertRecord.of(row) for row in tx.execute(query)]
+
+
+def versions(tx: Connection, run_id: str, cluster_index: int) -> list[ExpertRecord]:
+    """Those not quarantined, the newest first."""
+    where = (
+        experts.c.run_id == run_id,
+        experts.c.cluster_index == cluster_index,
+        experts.c.quarantined.is_(False),
+    )
+    return [
+        ExpertRecord.of(row) for row in tx.execute(select(experts).where(*where).order_by(experts.c.version.desc()))
+    ]
+
+
+def quarantine(tx: Connection, now: datetime, found: Sequence[ExpertRecord], reason: str) -> None:
+    """They are not current any more."""
+    tx.execute(update(experts).where(experts.c.id.in_([e.id for e in found])).values(quarantined=True))
+    for expert in found:
+        detail = {"cluster": expert.cluster_index, "expert": expert.id, "version": expert.version}
+        events.append(tx, now, "expert.quarantined", run_id=expert.run_id, reason=reason, detail=detail)

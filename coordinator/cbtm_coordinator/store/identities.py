@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import datetime
 from typing import Any
@@ -15,6 +15,7 @@ from cbtm_coordinator.scheduler import backoff
 from cbtm_coordinator.store import accounts, events
 from cbtm_coordinator.store.records import TokenRecord, WorkerRecord
 from cbtm_coordinator.tables import leases, tokens, workers
+from cbtm_coordinator.verification.trust import Standing
 
 
 def create_token(
@@ -28,6 +29,7 @@ def create_token(
     account: str = "",
     expire_time: datetime | None = None,
     max_uses: int = 0,
+    trusted: bool = False,
 ) -> TokenRecord:
     """Who joins with it belongs to the account named, or one named as the label, or one of the token's own."""
     account_id = accounts.named(tx, now, account or label or token_id)
@@ -41,6 +43,7 @@ def create_token(
             create_time=now,
             expire_time=expire_time,
             max_uses=max_uses,
+            trusted=trusted,
         )
     )
     events.append(tx, now, "token.created", detail={"token_id": token_id, "role": role, "account_id": account_id})
@@ -124,6 +127,7 @@ def create_worker(
             state=WorkerState.ACTIVE.value,
             credential_hash=credential_hash,
             token_id=token_id,
+            trusted=func.coalesce(select(tokens.c.trusted).where(tokens.c.id == token_id).scalar_subquery(), False),
             hardware_json=hardware_json,
             version=version,
             register_time=now,
@@ -220,6 +224,32 @@ def count_failure(tx: Connection, now: datetime, worker_id: str) -> None:
     decision = backoff(now=now, failures=int(row.failures), what="this worker")
     tx.execute(
         update(workers).where(workers.c.id == worker_id).values(not_before_time=decision.until, reason=decision.reason)
+    )
+
+
+def change_standing(tx: Connection, worker_id: str, change: Callable[[Standing], Standing]) -> Standing:
+    """What a check says of a worker."""
+    row = tx.execute(
+        select(workers.c.trust, workers.c.strikes).where(workers.c.id == worker_id).with_for_update(key_share=True)
+    ).one()
+    standing = change(Standing(trust=row.trust, strikes=row.strikes))
+    tx.execute(update(workers).where(workers.c.id == worker_id).values(trust=standing.trust, strikes=standing.strikes))
+    return standing
+
+
+def account_standing(tx: Connection, account_id: str) -> Standing:
+    """Of all workers of an account: one that is shut out does not come back as another."""
+    query = select(func.max(workers.c.trust).label("trust"), func.sum(workers.c.strikes).label("strikes"))
+    row = tx.execute(query.where(workers.c.account_id == account_id)).one()
+    return Standing(trust=row.trust or 0.0, strikes=int(row.strikes or 0))
+
+
+def credit(tx: Connection, worker_id: str, tokens_trained: int) -> None:
+    """Tokens of an accepted model that this worker trained."""
+    tx.execute(
+        update(workers)
+        .where(workers.c.id == worker_id)
+        .values(verified_tokens=workers.c.verified_tokens + tokens_trained)
     )
 
 

@@ -5,7 +5,7 @@ Invariants 1 and 2: a claim is one guarded update that raises the task's epoch; 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from datetime import datetime
 from functools import lru_cache
 from typing import NamedTuple
@@ -16,9 +16,10 @@ from cbtm_common.errors import LeaseLost, PermissionDenied
 from cbtm_common.faults import point
 from cbtm_common.ids import new_id
 from cbtm_common.recipe import LeaseRecipe, Recipe
-from cbtm_coordinator.lifecycle import LeaseState, TaskState, sources
+from cbtm_coordinator.lifecycle import CHECKING, TRAINING, LeaseState, TaskKind, TaskState, sources
 from cbtm_coordinator.scheduler import Measured, expiry_reason, pace
 from cbtm_coordinator.store import events, identities, runs
+from cbtm_coordinator.store.eligibility import may_take
 from cbtm_coordinator.store.records import LeaseRecord, RunRecord, TaskRecord, prefixed
 from cbtm_coordinator.store.tasks import WORKING, get_task, reopen
 from cbtm_coordinator.tables import UtcDateTime, leases, tasks, unfit
@@ -38,9 +39,25 @@ class Claim(NamedTuple):
     run: RunRecord
 
 
-def acquire(tx: Connection, now: datetime, worker_id: str, *, run_id: str | None = None) -> Claim | None:
-    """Claims the best open task for a worker, or None. Invariant 1: one winner, whoever races."""
-    given = {"new_time": now, "of_worker": worker_id}
+def acquire(
+    tx: Connection,
+    now: datetime,
+    worker_id: str,
+    *,
+    run_id: str | None = None,
+    account_id: str = "",
+    trusted: bool = False,
+    kinds: Collection[TaskKind] = TRAINING,
+) -> Claim | None:
+    """Claims the best open task for a worker of an account, or None. Invariant 1: one winner, whoever races."""
+    given = {
+        "new_time": now,
+        "of_worker": worker_id,
+        "of_account": account_id,
+        "of_trusted": trusted,
+        "of_trains": bool(TRAINING & set(kinds)),
+        "of_checks": bool(CHECKING & set(kinds)),
+    }
     if run_id is None:
         row = tx.execute(_CLAIM, given).one_or_none()
     else:
@@ -66,6 +83,7 @@ def _claim(*conditions: ColumnElement[bool]) -> Update:
             runs_table.c.paused.is_(False),
             runs_table.c.state.in_(WORKING),
             ~exists().where(unfit.c.worker_id == bindparam("of_worker"), unfit.c.task_id == _OPEN.c.id),
+            may_take(_OPEN),
             *conditions,
         )
         .order_by(*_ORDER)

@@ -199,6 +199,11 @@ class WorkerRecord(_FromRow):
 class CheckRecord(_FromRow):
     """What an EVALUATE or AUDIT task is about; `report_json` is empty until it was reported."""
 
+    # Of its own task.
+    task_state: TaskState
+    # Of the checkpoint.
+    step: int
+
     task_id: str
     kind: TaskKind
     subject_id: str

@@ -8,7 +8,7 @@ from sqlalchemy import Connection, delete, update
 
 from cbtm_common.errors import InvalidState
 from cbtm_coordinator.lifecycle import RunState, TaskKind, TaskState, sources, transition
-from cbtm_coordinator.store import checkpoints, events, runs
+from cbtm_coordinator.store import checkpoints, checks, events, runs
 from cbtm_coordinator.store.leases import revoke_leases
 from cbtm_coordinator.store.records import RunRecord, TaskRecord
 from cbtm_coordinator.store.tasks import get_task, list_tasks
@@ -24,8 +24,8 @@ def requeue_task(tx: Connection, now: datetime, run: RunRecord, task: TaskRecord
         raise InvalidState(f"run {run.name} is {run.state}: it has no tasks to requeue yet")
     if task.state is TaskState.DONE and task.kind is TaskKind.SEED:
         raise InvalidState("the seed is accepted and the experts branched from it; create a new run instead")
-    if task.state is TaskState.DONE and not from_start:
-        raise InvalidState(f"cluster {task.cluster_index} is DONE; `--from-start` trains its expert anew")
+    if task.state in (TaskState.DONE, TaskState.SUBMITTED) and not from_start:
+        raise InvalidState(f"cluster {task.cluster_index} is {task.state}; `--from-start` trains its expert anew")
     task = get_task(tx, task.id, lock=True)
     if task.state is TaskState.BLOCKED:
         raise InvalidState(f"cluster {task.cluster_index} waits for the seed; it starts by itself")
@@ -47,6 +47,8 @@ def requeue_task(tx: Connection, now: datetime, run: RunRecord, task: TaskRecord
     )
     tx.execute(delete(unfit).where(unfit.c.task_id == task.id))
     if from_start:
+        open_checks = [check for check in checks.of_subject(tx, task.id) if not check.settled]
+        checks.settle(tx, now, open_checks, "its owner started the task anew")
         checkpoints.drop(tx, task.id)
     events.append(tx, now, "task.requeued", run_id=run.id, task_id=task.id, detail={"from_start": from_start})
     run = runs.get(tx, run.id, lock=True)

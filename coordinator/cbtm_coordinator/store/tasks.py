@@ -165,7 +165,8 @@ def reopen(tx: Connection, now: datetime, task: TaskRecord, *, event: str, reaso
         return get_task(tx, task.id)
     kind = "task.failed" if failed else "task.pending"
     events.append(tx, now, kind, run_id=task.run_id, task_id=task.id, reason=reason, detail={"attempts": attempts})
-    if failed:
+    # A check that nobody can do is another's to do (`acceptance`).
+    if failed and task.kind in TRAINING:
         run = runs.get(tx, task.run_id, lock=True)
         if run.state in (RunState.SEEDING, RunState.TRAINING):
             why = f"cluster {task.cluster_index}" if task.kind is TaskKind.EXPERT else "the seed"

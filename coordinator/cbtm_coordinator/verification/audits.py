@@ -7,7 +7,9 @@ can train honestly only where it will be looked at.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Self
 
 from cbtm_coordinator.verification.evaluation import Outcome, Verdict
 
@@ -38,6 +40,27 @@ class Computation:
     environment: str
     precision: str
     micro_batch: int
+    # Of torch, on a CPU; 0 elsewhere.
+    threads: int = 0
+
+    @classmethod
+    def of(cls, said: Mapping[str, object]) -> Self:
+        """From what a worker says beside a commit; what is missing or odd is equal to nothing."""
+
+        def words(name: str) -> str:
+            return str(said.get(name) or "")
+
+        def count(name: str) -> int:
+            number = said.get(name)
+            return int(number) if isinstance(number, int | float) and 0 <= number < 1e9 else 0
+
+        return cls(
+            device_type=words("device_type"),
+            environment=words("environment"),
+            precision=words("precision"),
+            micro_batch=count("micro_batch"),
+            threads=count("threads"),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,11 +70,6 @@ class Replay:
     computation: Computation
     equal: bool
     deviation: float | None = None
-
-    def agrees_with(self, other: Replay, original: Computation, *, dropout: bool) -> bool:
-        """Whether both say the same of the audited worker."""
-        mine = compare(self, original, dropout=dropout).outcome
-        return mine is compare(other, original, dropout=dropout).outcome
 
 
 def audit_rate(trust: float) -> float:
@@ -69,8 +87,8 @@ def compare(replay: Replay, original: Computation, *, dropout: bool) -> Verdict:
     """Judges a replay of a segment that `original` computed."""
     ours = replay.computation
     evidence: dict[str, object] = {
-        "original": vars(original),
-        "replay": vars(ours),
+        "original": asdict(original),
+        "replay": asdict(ours),
         "equal": replay.equal,
         "deviation": replay.deviation,
     }

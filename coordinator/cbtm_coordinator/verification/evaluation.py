@@ -7,10 +7,11 @@ scored: what the measurement cannot tell apart is UNSURE, and then a replay of t
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from statistics import median
+from typing import Any, Self
 
 # Of two normal tails together 0.3 %: an honest model is seldom UNSURE, and never refused, for noise alone.
 _SIGMAS = 3.0
@@ -73,6 +74,11 @@ class Evaluation:
     own: Score
     train: Score
     canary: Score | None = None
+
+    @classmethod
+    def of(cls, said: Mapping[str, Mapping[str, Any]]) -> Self:
+        """From what `asdict` gives of each score."""
+        return cls(**{name: Score(**score) for name, score in said.items()})
 
     @property
     def scores(self) -> dict[str, Score]:
@@ -164,7 +170,12 @@ def _judge_claim(train: Score, claimed: float | None, batch_sequences: int) -> t
 def _agree(ours: Score, theirs: Score) -> bool:
     if ours.sequences != theirs.sequences:
         return False
-    pairs = ((ours.base_loss, theirs.base_loss), (ours.loss, theirs.loss))
+    pairs = (
+        (ours.base_loss, theirs.base_loss),
+        (ours.loss, theirs.loss),
+        (ours.loss_deviation, theirs.loss_deviation),
+        (ours.gain_deviation, theirs.gain_deviation),
+    )
     return all(_close(a, b) or (not math.isfinite(a) and not math.isfinite(b)) for a, b in pairs)
 
 

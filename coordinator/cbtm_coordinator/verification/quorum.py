@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Generic, TypeVar
 
+from cbtm_coordinator.verification.evaluation import Outcome, Verdict
+
 # Two of different accounts agree; a third is called when they do not.
 REPLICAS = 2
 # After so many reports, or checks that failed, of which no two agree, asking more tells nothing.
@@ -44,6 +46,8 @@ class Settlement(Generic[_Content]):
     reason: str
     speaker: Report[_Content] | None = None
     dissenters: Sequence[str] = ()
+    # Whether it is more than one unknown account's word, so that somebody may answer for what it says.
+    convicts: bool = False
 
 
 def settle(
@@ -57,7 +61,7 @@ def settle(
     """`others`: accounts that could still be asked; `failures`: checks that ended without a report."""
     trusted = next((report for report in reports if report.trusted), None)
     if trusted is not None:
-        return _settled(trusted, reports, agree, f"a trusted worker says so ({trusted.worker_id})")
+        return _settled(trusted, reports, agree, f"a trusted worker says so ({trusted.worker_id})", convicts=True)
     best: list[Report[_Content]] = []
     for report in reports:
         group = [other for other in reports if agree(report.content, other.content)]
@@ -65,7 +69,8 @@ def settle(
             best = group
     needed = min(replicas, len(reports)) if others <= 0 else replicas
     if best and len(best) >= needed and 2 * len(best) > len(reports):
-        return _settled(best[0], reports, agree, f"{len(best)} of {len(reports)} reports say so")
+        reason = f"{len(best)} of {len(reports)} reports say so"
+        return _settled(best[0], reports, agree, reason, convicts=len(best) >= REPLICAS)
     said = f"{len(reports)} report(s), {len(best)} of which agree"
     if others <= 0:
         return Settlement(next=Next.UNDECIDED, reason=f"{said}, and nobody is left to ask")
@@ -79,6 +84,21 @@ def _settled(
     reports: Sequence[Report[_Content]],
     agree: Callable[[_Content, _Content], bool],
     reason: str,
+    *,
+    convicts: bool,
 ) -> Settlement[_Content]:
     against = [r.worker_id for r in reports if not r.trusted and not agree(speaker.content, r.content)]
-    return Settlement(next=Next.SETTLED, reason=reason, speaker=speaker, dissenters=against)
+    return Settlement(next=Next.SETTLED, reason=reason, speaker=speaker, dissenters=against, convicts=convicts)
+
+
+def settle_audits(reports: Sequence[Report[Verdict]], *, others: int, failures: int = 0) -> Settlement[Verdict]:
+    """As `settle`, but the first replay that gets the same weights acquits; one that cannot tell is as none."""
+    told = [report for report in reports if report.content.outcome is not Outcome.UNSURE]
+    acquitted = len(told) == 1 and told[0].content.outcome is Outcome.PASSED
+    return settle(
+        told,
+        lambda a, b: a.outcome is b.outcome,
+        others=others,
+        failures=failures + len(reports) - len(told),
+        replicas=1 if acquitted else REPLICAS,
+    )

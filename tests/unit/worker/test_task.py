@@ -6,6 +6,7 @@ import contextlib
 import io
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Self
@@ -112,10 +113,16 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
     with ScriptedCoordinator() as coordinator, coordinator.connect() as connection:
         made = Bench(tmp_path, coordinator, Session(connection))
 
+        @dataclass(frozen=True)
+        class Computed:
+            device_type: str = "cpu"
+            micro_batch: int = 2
+
         class Counter:
             def __init__(self, job: Any, *, group: Any) -> None:
                 self.step = 0 if job.resume_dir is None else read_state(job.resume_dir).step
                 self.total_steps = job.total_steps
+                self.computation = Computed()
 
             def train_step(self) -> SimpleNamespace:
                 self.step += 1
@@ -158,7 +165,9 @@ def test_a_task_is_trained_from_its_beginning_to_its_end(bench: Bench) -> None:
     assert bench.run() is Outcome.FINISHED
     assert bench.steps == list(range(1, 11))
     assert bench.sent() == [10]
-    assert bench.coordinator.requests("CommitCheckpoint")[0].metrics["loss"] == pytest.approx(0.1)
+    metrics = bench.coordinator.requests("CommitCheckpoint")[0].metrics
+    assert metrics["loss"] == pytest.approx(0.1)
+    assert (metrics["device_type"], metrics["micro_batch"]) == ("cpu", 2)
 
 
 def test_a_task_under_way_goes_on_from_its_checkpoint(bench: Bench) -> None:

@@ -35,6 +35,7 @@ from cbtm_worker.train.checkpoint import (
     read_optimizer,
     read_state,
 )
+from cbtm_worker.train.computation import Computation, computes_bf16
 from cbtm_worker.train.data import Batches, ShardSet
 from cbtm_worker.train.errors import Diverged, OutOfDeviceMemory
 from cbtm_worker.train.group import Group, GroupStopped, Outcome
@@ -100,7 +101,7 @@ class Trainer:
         self._has_moments = True
         if resumed is not None and job.resume_dir is not None:
             self._load_moments(job.resume_dir, resumed)
-        half = _computes_bf16(self._device) and recipe.precision is Precision.BF16
+        half = computes_bf16(self._device) and recipe.precision is Precision.BF16
         self._loss_sum = Loss(self._model, device=self._device, half=half, compiled=self._first_compiled(resumed))
         share = recipe.global_batch // self._group.size
         self._placer = Placer(
@@ -139,6 +140,16 @@ class Trainer:
     def precision(self) -> str:
         """What the forward pass computes in: "bf16" or "fp32"."""
         return self._loss_sum.precision
+
+    @property
+    def computation(self) -> Computation:
+        """How steps are computed now."""
+        return Computation.on(
+            self._device,
+            precision=self.precision,
+            micro_batch=self._placement.micro_batch,
+            devices=self._group.size,
+        )
 
     @property
     def parameter_count(self) -> int:
@@ -384,7 +395,3 @@ def _device(name: str) -> torch.device:
 
 def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
-def _computes_bf16(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)

@@ -1,0 +1,285 @@
+"""From reports to what follows: a submitted model is accepted, or work is rejected and its worker answers for it.
+
+`after_commit` opens the checks of a commit; `decide` is called with every report, and whenever a check failed. Both in
+the transaction of what they follow from; decisions are `cbtm_coordinator.verification`, undoing is `rollback`.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from datetime import datetime
+from typing import TypeVar
+
+from sqlalchemy import Connection, select
+
+from cbtm_common.recipe import Recipe
+from cbtm_coordinator.lifecycle import TaskKind, TaskState, Verification
+from cbtm_coordinator.store import checkpoints, checks, eligibility, events, experts, identities, rollback, runs
+from cbtm_coordinator.store.lineage import lineage
+from cbtm_coordinator.store.records import CheckpointRecord, CheckRecord, RunRecord, TaskRecord, WorkerRecord
+from cbtm_coordinator.store.tasks import get_task
+from cbtm_coordinator.tables import leases, workers
+from cbtm_coordinator.tables import tasks as tasks_table
+from cbtm_coordinator.verification.audits import Computation, Replay, compare, wants_audit
+from cbtm_coordinator.verification.evaluation import Evaluation, History, Outcome, Verdict, judge
+from cbtm_coordinator.verification.quorum import REPLICAS, Next, Report, Settlement, settle, settle_audits
+
+_Content = TypeVar("_Content")
+_GAIN, _CANARY_RISE = "held_out_gain", "canary_rise"
+
+
+def after_commit(
+    tx: Connection, now: datetime, checkpoint: CheckpointRecord, task: TaskRecord, *, draw: Callable[[], float]
+) -> None:
+    """Opens the checks that a commit calls for. `draw` gives numbers of [0, 1)."""
+    run = runs.get_by_id(tx, task.run_id)
+    if run.verification is Verification.OFF or checks.are_open_for(tx, checkpoint.id):
+        return
+    worker = _worker_of(tx, checkpoint)
+    if worker.trusted:
+        return
+    decision = wants_audit(worker.trust, draw())
+    knows_answers = task.cluster_id is not None and eligibility.sees_held_out(tx, worker.account_id, task.cluster_id)
+    if decision.audit or knows_answers:
+        checks.open_audit(tx, now, task, checkpoint, worker)
+    if task.state is TaskState.SUBMITTED:
+        cluster_id = _cluster_to_judge_on(tx, run, task)
+        for _ in range(1 if run.verification is Verification.TRUSTED else REPLICAS):
+            checks.open_evaluation(tx, now, task, checkpoint, worker, cluster_id)
+
+
+def decide(tx: Connection, now: datetime, subject_id: str) -> None:
+    """Does what the reports on a task's work call for. Without news, nothing changes."""
+    task = get_task(tx, subject_id, lock=True)
+    run = runs.get_by_id(tx, task.run_id)
+    found = [check for check in checks.of_subject(tx, task.id) if check.kind is TaskKind.AUDIT]
+    for checkpoint_id in dict.fromkeys(check.checkpoint_id for check in found if not check.settled):
+        group = [check for check in found if check.checkpoint_id == checkpoint_id]
+        if _decide_audit(tx, now, run, task, group) is Outcome.FAILED:
+            return
+    if task.state is TaskState.SUBMITTED:
+        _decide_submitted(tx, now, run, task)
+
+
+def set_verification(tx: Connection, now: datetime, run: RunRecord, verification: Verification) -> RunRecord:
+    """Who checks from now on. With OFF, what waits to be checked is accepted."""
+    changed = runs.set_verification(tx, now, run, verification)
+    if verification is not Verification.OFF:
+        return changed
+    query = select(tasks_table.c.id).where(
+        tasks_table.c.run_id == run.id, tasks_table.c.state == TaskState.SUBMITTED.value
+    )
+    for task_id in tx.execute(query).scalars().all():
+        task = get_task(tx, task_id, lock=True)
+        checks.settle(tx, now, checks.of_subject(tx, task.id), "its owner turned verification off")
+        accept(tx, now, checkpoints.submitted(tx, task))
+    return runs.get(tx, run.id)
+
+
+def accept(tx: Connection, now: datetime, checkpoint: CheckpointRecord) -> None:
+    """A SUBMITTED model becomes an expert, or the seed; the tokens in it count for those who trained it."""
+    checkpoints.accept(tx, now, checkpoint)
+    task = get_task(tx, checkpoint.task_id)
+    recipe = Recipe.from_json(runs.get_by_id(tx, task.run_id).recipe_json)
+    step_tokens = (recipe.for_seed() if task.kind is TaskKind.SEED else recipe).step_tokens()
+    for segment in lineage(tx, task.id, epoch=checkpoint.epoch, step=checkpoint.step):
+        identities.credit(tx, segment.worker_id, (segment.to_step - segment.from_step) * step_tokens)
+
+
+# Audits
+
+
+def _decide_audit(
+    tx: Connection, now: datetime, run: RunRecord, task: TaskRecord, group: Sequence[CheckRecord]
+) -> Outcome:
+    """UNSURE while more must be asked, and when nobody can tell. When FAILED, the work is rejected."""
+    check, checkpoint = group[0], checkpoints.get(tx, group[0].checkpoint_id)
+    dropout = Recipe.from_json(run.recipe_json).dropout != 0.0
+    original = Computation.of(json.loads(checkpoint.metrics_json or "{}"))
+
+    def verdict(said: dict[str, object]) -> Verdict:
+        return compare(_replay(said), original, dropout=dropout)
+
+    settled = settle_audits(
+        _reports(tx, group, verdict),
+        others=eligibility.others(tx, now, run, check, task.cluster_id),
+        failures=_failures(group),
+    )
+    if settled.next is Next.ASK:
+        if not _asks(tx, now, group):
+            checks.open_audit(tx, now, task, checkpoint, identities.get_worker(tx, check.worker_id))
+        return Outcome.UNSURE
+    checks.settle(tx, now, group, settled.reason)
+    _note_dissent(tx, now, task, settled)
+    about = {"checkpoint_id": checkpoint.id, "step": checkpoint.step, "reports": settled.reason}
+    if settled.speaker is None:
+        _note(tx, now, "audit.undecided", task, check.worker_id, settled.reason, about)
+        return Outcome.UNSURE
+    found = settled.speaker.content
+    evidence = {**about, **found.evidence}
+    if found.outcome is Outcome.FAILED:
+        _note(tx, now, "audit.failed", task, check.worker_id, found.reason, evidence)
+        rollback.reject(tx, now, task, worker_id=check.worker_id, reason=found.reason, is_proven=settled.convicts)
+        return Outcome.FAILED
+    identities.change_standing(tx, check.worker_id, lambda standing: standing.after_pass())
+    _note(tx, now, "audit.passed", task, check.worker_id, found.reason, evidence)
+    return Outcome.PASSED
+
+
+# Submitted models
+
+
+def _decide_submitted(tx: Connection, now: datetime, run: RunRecord, task: TaskRecord) -> None:
+    checkpoint = checkpoints.submitted(tx, task)
+    found = checks.of_subject(tx, task.id)
+    group = [c for c in found if c.kind is TaskKind.EVALUATE and c.checkpoint_id == checkpoint.id]
+    check = group[0]
+    worker = identities.get_worker(tx, check.worker_id)
+    cluster_id = get_task(tx, check.task_id).cluster_id
+    settled = settle(
+        _reports(tx, group, lambda said: Evaluation.of(said)),  # type: ignore[arg-type]  # of our own writing
+        lambda a, b: a.agrees_with(b),
+        others=eligibility.others(tx, now, run, check, cluster_id),
+        failures=_failures(group),
+    )
+    if settled.next is Next.ASK:
+        if not _asks(tx, now, group):
+            assert cluster_id is not None
+            checks.open_evaluation(tx, now, task, checkpoint, worker, cluster_id)
+        return
+    if any(not c.settled for c in group):
+        checks.settle(tx, now, group, settled.reason)
+        _note_dissent(tx, now, task, settled)
+    if settled.speaker is None:
+        _note(tx, now, "evaluation.undecided", task, check.worker_id, settled.reason, {})
+        rollback.reject(tx, now, task, worker_id=check.worker_id, reason=settled.reason, is_proven=False)
+        return
+    evaluation = settled.speaker.content
+    recipe = Recipe.from_json(run.recipe_json)
+    verdict = judge(
+        evaluation,
+        _history(tx, run, task),
+        claimed_loss=_number(json.loads(checkpoint.metrics_json or "{}").get("loss")),
+        batch_sequences=(recipe.for_seed() if task.kind is TaskKind.SEED else recipe).global_batch,
+    )
+    evidence = {"checkpoint_id": checkpoint.id, "reports": settled.reason, **verdict.evidence}
+    if verdict.outcome is Outcome.FAILED:
+        _note(tx, now, "evaluation.failed", task, check.worker_id, verdict.reason, evidence)
+        rollback.reject(
+            tx, now, task, worker_id=check.worker_id, reason=verdict.reason, is_proven=settled.convicts, all_of_it=True
+        )
+        return
+    if any(not c.settled for c in found if c.kind is TaskKind.AUDIT):
+        return
+    if verdict.outcome is Outcome.UNSURE and not _is_replayed(tx, now, task, checkpoint, worker, found, verdict):
+        return
+    _note(tx, now, "evaluation.passed", task, check.worker_id, verdict.reason, evidence)
+    metrics = json.loads(checkpoint.metrics_json or "{}") | {_GAIN: evaluation.own.gain}
+    if evaluation.canary is not None:
+        metrics[_CANARY_RISE] = -evaluation.canary.gain
+    accept(tx, now, replace(checkpoint, metrics_json=json.dumps(metrics)))
+
+
+def _is_replayed(
+    tx: Connection,
+    now: datetime,
+    task: TaskRecord,
+    checkpoint: CheckpointRecord,
+    worker: WorkerRecord,
+    found: Sequence[CheckRecord],
+    verdict: Verdict,
+) -> bool:
+    """Whether a replay stands for a model whose scores cannot tell. Asks for one; rejects when it told nothing."""
+    audits = [c for c in found if c.kind is TaskKind.AUDIT and c.checkpoint_id == checkpoint.id]
+    if not audits:
+        _note(tx, now, "evaluation.unsure", task, worker.id, verdict.reason, {"checkpoint_id": checkpoint.id})
+        checks.open_audit(tx, now, task, checkpoint, worker)
+        return False
+    if any(c.report_json for c in audits):
+        return True
+    rollback.reject(tx, now, task, worker_id=worker.id, reason=f"{verdict.reason}; nor a replay", is_proven=False)
+    return False
+
+
+def _history(tx: Connection, run: RunRecord, task: TaskRecord) -> History:
+    """Of the run's accepted experts, for another one; a seed has none like it."""
+    if task.kind is TaskKind.SEED:
+        return History()
+    known = [json.loads(e.metrics_json or "{}") for e in experts.current(tx, run.id) if e.cluster_index >= 0]
+    return History(
+        gains=[said[_GAIN] for said in known if _GAIN in said],
+        canary_rises=[said[_CANARY_RISE] for said in known if _CANARY_RISE in said],
+    )
+
+
+def _cluster_to_judge_on(tx: Connection, run: RunRecord, task: TaskRecord) -> str:
+    """Its own; for what trains on the whole corpus, one by lot, so that an evaluator learns of one cluster alone."""
+    if task.kind is TaskKind.EXPERT and task.cluster_id is not None and not run.baseline_of:
+        return task.cluster_id
+    data_run = runs.get_by_id(tx, run.data_run_id)
+    return secrets.choice(runs.list_clusters(tx, data_run, limit=data_run.cluster_count)).id
+
+
+# What reports say
+
+
+def _reports(
+    tx: Connection, group: Sequence[CheckRecord], read: Callable[[dict[str, object]], _Content]
+) -> list[Report[_Content]]:
+    ids = {check.reporter_id for check in group if check.report_json}
+    trusted = dict(tx.execute(select(workers.c.id, workers.c.trusted).where(workers.c.id.in_(ids))).tuples().all())
+    return [
+        Report(
+            worker_id=check.reporter_id,
+            account_id=check.reporter_account_id or "",
+            trusted=trusted[check.reporter_id],
+            content=read(json.loads(check.report_json)),
+        )
+        for check in group
+        if check.report_json and check.reporter_id is not None
+    ]
+
+
+def _replay(said: dict[str, object]) -> Replay:
+    computation, deviation = said["computation"], said["deviation"]
+    assert isinstance(computation, dict)
+    return Replay(computation=Computation.of(computation), equal=said["equal"] is True, deviation=_number(deviation))
+
+
+def _failures(group: Sequence[CheckRecord]) -> int:
+    return sum(check.task_state in (TaskState.FAILED, TaskState.DONE) and not check.report_json for check in group)
+
+
+def _asks(tx: Connection, now: datetime, group: Sequence[CheckRecord]) -> bool:
+    """Whether somebody is being asked already. Checks that ended without a report are done with here."""
+    open_states = (TaskState.PENDING, TaskState.LEASED)
+    ended = [c for c in group if not c.settled and not c.report_json and c.task_state not in open_states]
+    checks.settle(tx, now, ended, "it ended without a report")
+    return any(check.task_state in open_states for check in group)
+
+
+def _note_dissent(tx: Connection, now: datetime, task: TaskRecord, settled: Settlement[_Content]) -> None:
+    for worker_id in settled.dissenters:
+        identities.change_standing(tx, worker_id, lambda standing: standing.after_dissent())
+        _note(tx, now, "worker.dissented", task, worker_id, settled.reason, {})
+
+
+def _note(
+    tx: Connection, now: datetime, kind: str, task: TaskRecord, worker_id: str, reason: str, detail: dict[str, object]
+) -> None:
+    events.append(
+        tx, now, kind, run_id=task.run_id, task_id=task.id, worker_id=worker_id, reason=reason,
+        detail=events.plain(detail),
+    )  # fmt: skip
+
+
+def _worker_of(tx: Connection, checkpoint: CheckpointRecord) -> WorkerRecord:
+    worker_id = tx.execute(select(leases.c.worker_id).where(leases.c.id == checkpoint.lease_id)).scalar_one()
+    return identities.get_worker(tx, worker_id)
+
+
+def _number(value: object) -> float | None:
+    return float(value) if isinstance(value, int | float) else None
