@@ -25,12 +25,12 @@ import torch
 
 from bench.coordinator import fill, make_workers
 from bench.processes import RunningCoordinator, running_coordinator
+from bench.real_run import make_shard
 from bench.report import Report
 from cbtm_api.v1 import resources_pb2 as pb
 from cbtm_common.ids import cluster_id
 from cbtm_common.recipe import Recipe
 from cbtm_common.rpc import connect
-from cbtm_common.shards import write_shard
 from cbtm_common.transfer import Transfer
 from cbtm_coordinator.store import Store
 from cbtm_worker.heartbeat import Heartbeat
@@ -58,12 +58,6 @@ def make_model(folder: Path, *, hidden: int, layers: int) -> int:
     model = LlamaForCausalLM(config)
     model.save_pretrained(folder)
     return sum(p.numel() for p in model.parameters())
-
-
-def make_shard(path: Path) -> None:
-    ids = np.random.default_rng(0).integers(1, VOCABULARY, size=200_000)
-    ids[999::1000] = 0
-    write_shard(path, ids, np.arange(0, len(ids), 1000), vocab_size=VOCABULARY, eos_token_id=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +109,7 @@ def measure(report: Report, coordinator: RunningCoordinator, scratch: Path, *, q
     hidden, layers = (256, 4) if quick else (384, 6)
     interval = 6.0 if quick else 30.0
     parameters = make_model(scratch / "model", hidden=hidden, layers=layers)
-    make_shard(scratch / "shard.safetensors")
+    make_shard(scratch / "shard.safetensors", vocabulary=VOCABULARY)
     store = Store(f"sqlite:///{coordinator.data_dir / 'registry.db'}")
     run_id = fill(store, open_tasks=1, name="checkpointing")
     (worker,) = make_workers(store, 1)

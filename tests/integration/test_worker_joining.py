@@ -120,6 +120,30 @@ def test_two_devices_train_a_task_together_and_one_goes_on_when_they_leave(here:
     here.check_registry()
 
 
+def test_one_worker_for_each_device_has_a_task_of_its_own(here: Site) -> None:
+    fleet = here.start_worker("fleet", "--device", "cpu,cpu", "--per-gpu", "--threads", "1", "--max-tasks", "1")
+    assert fleet.wait(120) == 0, fleet.output
+    assert here.is_complete()
+    holders = here.rows("SELECT DISTINCT worker_id FROM leases")
+    assert len(holders) == 2
+    assert {row["name"] for row in here.rows("SELECT name FROM workers")} == {"fleet cpu"}
+    assert here.experts() == undisturbed()
+    assert sorted(line for line in fleet.output.splitlines() if "finished cluster" in line) == [
+        "cpu: finished cluster 0 of small",
+        "cpu: finished cluster 1 of small",
+    ]
+
+
+def test_workers_of_one_machine_leave_together_when_asked(here: Site) -> None:
+    finished = here.start_worker("finisher")
+    assert finished.wait() == 0, finished.output
+    fleet = here.start_worker("fleet", "--device", "cpu,cpu", "--per-gpu", until_idle=False)
+    here.until(lambda: fleet.output.count("waiting for work") == 2, "both workers to wait", 90)
+    fleet.send(signal.SIGINT)
+    assert fleet.wait() == 0, fleet.output
+    assert fleet.output.count("left with 0 task(s) finished") == 2
+
+
 def test_a_worker_without_work_stops_at_once_when_asked(here: Site) -> None:
     here.connection.admin.PauseRun(ad.PauseRunRequest(request_id=new_request_id(), run=RUN))
     worker = here.start_worker("idle", until_idle=False)

@@ -58,6 +58,9 @@ def join(
     until_idle: Annotated[bool, typer.Option("--until-idle", help="Leave when no work is left.")] = False,
     micro_batch: Annotated[int | None, typer.Option(help="Sequences in one pass at most.", min=1)] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads of torch.", min=1)] = None,
+    per_gpu: Annotated[
+        bool, typer.Option("--per-gpu", help="A worker for each device, each with a task of its own.")
+    ] = False,
     compile_model: Annotated[
         bool | None, typer.Option("--compile/--no-compile", help="torch.compile the model.", show_default="on CUDA")
     ] = None,
@@ -71,10 +74,10 @@ def join(
 
     The first Ctrl-C saves a checkpoint, hands it in and leaves, so that nothing is lost; the second leaves at once.
     """
-    import logging
     from dataclasses import replace
 
     from cbtm_worker.display import Display
+    from cbtm_worker.logs import configure_logging
     from cbtm_worker.loop import join as work
     from cbtm_worker.signals import StopSignal
 
@@ -90,12 +93,14 @@ def join(
         compile=compile_model,
         max_cache_bytes=None if max_cache_gib is None else int(max_cache_gib * 2**30),
     )
+    if per_gpu:
+        from cbtm_worker.fleet import join_each
+        from cbtm_worker.hardware import choose_devices
+
+        raise typer.Exit(join_each(config, choose_devices(config.device), log_level=log_level))
     with Display() as display:
         # Within, so that log lines go above the live one.
-        logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-        # They log every URL, and a signed URL is a secret.
-        for logger in ("httpx", "httpcore"):
-            logging.getLogger(logger).setLevel(logging.WARNING)
+        configure_logging(log_level)
         stop = StopSignal(lambda: display.say("stopping after this step; press Ctrl-C again to leave at once"))
         stop.install()
         work(config, stop.requested, display)

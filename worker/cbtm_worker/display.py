@@ -72,8 +72,12 @@ class WorkerConsole(Console):
 class Display:
     """Prints messages and keeps the live line; a context manager; its methods may be called from any thread."""
 
-    def __init__(self, console: Console | None = None, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, console: Console | None = None, *, prefix: str = "", clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self.console = console or WorkerConsole(highlight=False, soft_wrap=True)
+        # Of every line, where several workers write to one terminal.
+        self._prefix = prefix
         self._clock = clock
         self._live: Live | None = None
         self._next = clock()
@@ -91,7 +95,7 @@ class Display:
 
     def say(self, message: str) -> None:
         """One line that stays."""
-        self._quietly(lambda: self.console.print(message, markup=False))
+        self._quietly(lambda: self.console.print(self._prefix + message, markup=False))
 
     def show(self, view: TaskView) -> None:
         """The task's line, as often as it is worth."""
