@@ -39,7 +39,16 @@ from cbtm_worker.display import Display, TaskView
 from cbtm_worker.loop import join
 
 # Dense bf16 peak in TFLOPs, from the makers' data sheets, by a part of the card's name.
-PEAK_TFLOPS = {"H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "4090": 165, "3090": 71}
+PEAK_TFLOPS = {
+    "H200": 989,
+    "H100 PCIe": 756,
+    "H100 NVL": 835,
+    "H100": 989,
+    "A100": 312,
+    "L40S": 362,
+    "4090": 165,
+    "3090": 71,
+}
 CPU_QUICK = Shape(layers=4, heads=4, width=256, vocabulary=4096, sequence=128, global_batch=4, micro_batch=4)
 CPU = Shape(layers=6, heads=6, width=384, vocabulary=4096, sequence=256, global_batch=4, micro_batch=4)
 CUDA = {
@@ -166,11 +175,11 @@ def measure(
         )
     worker = WorkerSide(coordinator, folder / "cache", run.name, shape, str(device))
     against_bare, against_nano, spells = [], [], []
-    half = max(1, steps // 2)
+    part = max(1, steps // 3)
     for _ in range(turns):
-        bare_before, nano_before = bare(half), nano(half)
+        bare_before, nano_before = bare(part), nano(part)
         spells.append(worker.spell())
-        nano_after, bare_after = nano(half), bare(half)
+        nano_after, bare_after = nano(part), bare(part)
         ours = spells[-1].tokens_per_second
         against_bare.append(2 * ours / (bare_before + bare_after))
         against_nano.append(2 * ours / (nano_before + nano_after))
@@ -211,7 +220,7 @@ def main() -> None:
                 Path(name) / str(number),
                 what,
                 shape,
-                seconds=6.0 if options.quick else 40.0,
+                seconds=5.0 if options.quick else 40.0,
                 turns=options.repetitions or (3 if options.quick else 5),
             )
     report.finish()

@@ -15,7 +15,7 @@ class Computation:
     """As `cbtm_api.v1.Computation` has it: equal ones give equal bits on a CPU."""
 
     device_type: str
-    # Device, instruction set, version of torch, and how many devices sums are parted among.
+    # Device, instruction set, version of torch, how many devices sums are parted among, whether the model is compiled.
     environment: str
     precision: str
     micro_batch: int
@@ -23,10 +23,14 @@ class Computation:
     threads: int
 
     @classmethod
-    def on(cls, device: torch.device, *, precision: str, micro_batch: int, devices: int = 1) -> Computation:
+    def on(
+        cls, device: torch.device, *, precision: str, micro_batch: int, devices: int = 1, compiled: bool = False
+    ) -> Computation:
         return cls(
             device_type=device.type,
-            environment=_environment(device) + (f", {devices} devices" if devices > 1 else ""),
+            environment=_environment(device)
+            + (f", {devices} devices" if devices > 1 else "")
+            + (", compiled" if compiled else ""),
             precision=precision,
             micro_batch=micro_batch,
             threads=torch.get_num_threads() if device.type == "cpu" else 0,

@@ -88,28 +88,28 @@ class ProcessGroup(Group):
 
     def least(self, values: list[int]) -> list[int]:
         numbers = torch.tensor(values, dtype=torch.int64)
-        self._reduce(numbers, dist.ReduceOp.MIN)
+        self._reduce(numbers, dist.ReduceOp.MIN, dist.group.WORLD)
         return [int(n) for n in numbers.tolist()]
 
     def agree(self, outcome: Outcome, present: list[bool]) -> tuple[Outcome, list[bool]]:
         numbers = torch.tensor([int(outcome), *map(int, present)], dtype=torch.int32)
-        self._reduce(numbers, dist.ReduceOp.MAX)
+        self._reduce(numbers, dist.ReduceOp.MAX, dist.group.WORLD)
         gravest, *anywhere = numbers.tolist()
         return Outcome(int(gravest)), [bool(n) for n in anywhere]
 
     def sum(self, tensors: Sequence[torch.Tensor]) -> None:
         for bucket in _buckets(tensors):
             flat = torch.cat([t.flatten() for t in bucket])
-            dist.all_reduce(flat, group=self._gradients)
+            self._reduce(flat, dist.ReduceOp.SUM, self._gradients)
             for tensor, part in zip(bucket, torch.split(flat, [t.numel() for t in bucket]), strict=True):
                 tensor.copy_(part.view_as(tensor))
 
     def close(self) -> None:
         dist.destroy_process_group()
 
-    def _reduce(self, numbers: torch.Tensor, how: dist.ReduceOp.RedOpType) -> None:
+    def _reduce(self, numbers: torch.Tensor, how: dist.ReduceOp.RedOpType, group: dist.ProcessGroup | None) -> None:
         try:
-            dist.all_reduce(numbers, how)
+            dist.all_reduce(numbers, how, group=group)
         except RuntimeError as error:
             raise lost(self.folder, error) from error
 

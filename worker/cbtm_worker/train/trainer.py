@@ -37,6 +37,7 @@ from cbtm_worker.train.checkpoint import (
 )
 from cbtm_worker.train.computation import Computation, computes_bf16
 from cbtm_worker.train.data import Batches, ShardSet
+from cbtm_worker.train.device import PendingValues, device_name, open_device
 from cbtm_worker.train.errors import Diverged, OutOfDeviceMemory
 from cbtm_worker.train.group import Group, GroupStopped, Outcome
 from cbtm_worker.train.job import StepResult, TrainJob
@@ -67,8 +68,8 @@ class Trainer:
         self._job = job
         self._group = group or Group()
         self._hook = before_micro_step
-        self._device = _device(job.device)
-        self._device_name = _device_name(self._device)
+        self._device = open_device(job.device)
+        self._device_name = device_name(self._device)
         self._schedule = Schedule.of(recipe, job.kind, job.total_steps)
         self._tokens = recipe.global_batch * recipe.sequence_length
         make_deterministic(self._device)
@@ -79,7 +80,7 @@ class Trainer:
             check_resumable(resumed, job)
         self._step = resumed.step if resumed else 0
         self._loss = resumed.loss if resumed else None
-        self._pending: list[_Values] = []
+        self._pending: list[PendingValues] = []
         # Whether the group's other processes have ended, or will by themselves.
         self._is_over = False
 
@@ -149,6 +150,7 @@ class Trainer:
             precision=self.precision,
             micro_batch=self._placement.micro_batch,
             devices=self._group.size,
+            compiled=self._loss_sum.is_compiled,
         )
 
     @property
@@ -170,7 +172,7 @@ class Trainer:
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         self._step += 1
-        values = _Values(figures, self._step)
+        values = PendingValues(figures, self._step)
         self._pending.append(values)
         # On CUDA the newest step may still be running: look at the one before it.
         self._settle(keep=1 if self._device.type == "cuda" else 0)
@@ -359,39 +361,3 @@ class Trainer:
                 load_optimizer(read_optimizer(directory), optimizer_tensors(self._optimizer, self._parameters))
         elif resumed.step < resumed.total_steps:
             raise IntegrityError(f"{directory}: step {resumed.step} of {resumed.total_steps}, without {OPTIMIZER}")
-
-
-class _Values:
-    """(loss, gradient norm) of a step, on their way to the host."""
-
-    def __init__(self, values: torch.Tensor, step: int) -> None:
-        self.step = step
-        self._event: torch.cuda.Event | None = None
-        self._host = values
-        if values.device.type == "cuda":
-            self._host = torch.empty(2, pin_memory=True)
-            self._host.copy_(values, non_blocking=True)
-            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._event.record()
-
-    def read(self) -> tuple[float, float]:
-        if self._event is not None:
-            self._event.synchronize()
-        loss, norm = self._host.tolist()
-        return loss, norm
-
-
-def _device(name: str) -> torch.device:
-    """Raises InvalidArgument for a device that this machine does not have."""
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise InvalidArgument(f"device: {name!r} cannot be used here: {error}", field="device") from error
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    return device
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
