@@ -13,7 +13,7 @@ from dataclasses import replace
 from datetime import datetime
 from typing import TypeVar
 
-from sqlalchemy import Connection, select
+from sqlalchemy import Connection, select, update
 
 from cbtm_common.recipe import Recipe
 from cbtm_coordinator.lifecycle import TaskKind, TaskState, Verification
@@ -47,6 +47,9 @@ def after_commit(
         checks.open_audit(tx, now, task, checkpoint, worker)
     if task.state is TaskState.SUBMITTED:
         cluster_id = _cluster_to_judge_on(tx, run, task)
+        by = "a trusted worker" if run.verification is Verification.TRUSTED else "workers of other accounts"
+        waits = update(tasks_table).where(tasks_table.c.id == task.id)
+        tx.execute(waits.values(reason=f"handed in; waits to be checked by {by}"))
         for _ in range(1 if run.verification is Verification.TRUSTED else REPLICAS):
             checks.open_evaluation(tx, now, task, checkpoint, worker, cluster_id)
 
@@ -255,10 +258,9 @@ def _failures(group: Sequence[CheckRecord]) -> int:
 
 def _asks(tx: Connection, now: datetime, group: Sequence[CheckRecord]) -> bool:
     """Whether somebody is being asked already. Checks that ended without a report are done with here."""
-    open_states = (TaskState.PENDING, TaskState.LEASED)
-    ended = [c for c in group if not c.settled and not c.report_json and c.task_state not in open_states]
+    ended = [c for c in group if not c.settled and not c.report_json and c.task_state not in checks.OPEN]
     checks.settle(tx, now, ended, "it ended without a report")
-    return any(check.task_state in open_states for check in group)
+    return any(check.task_state in checks.OPEN for check in group)
 
 
 def _note_dissent(tx: Connection, now: datetime, task: TaskRecord, settled: Settlement[_Content]) -> None:

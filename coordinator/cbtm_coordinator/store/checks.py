@@ -33,6 +33,8 @@ from cbtm_coordinator.tables import checkpoints, checks, tasks
 # them. The standard error of a gain is an eighth of its deviation between sequences.
 EVALUATION_SEQUENCES = 64
 _MAX_ATTEMPTS = 3
+# A check in one of these may still be reported.
+OPEN = (TaskState.PENDING, TaskState.LEASED)
 
 
 def open_evaluation(
@@ -221,12 +223,12 @@ def report(
 
 def settle(tx: Connection, now: datetime, records: Sequence[CheckRecord], reason: str) -> None:
     """Nothing more is asked of these; those still open are dropped."""
-    drop(tx, now, records, reason)
+    _drop(tx, now, [record for record in records if record.task_state in OPEN], reason)
     ids = [record.task_id for record in records]
     tx.execute(update(checks).where(checks.c.task_id.in_(ids)).values(settled=True))
 
 
-def drop(tx: Connection, now: datetime, records: Sequence[CheckRecord], reason: str) -> None:
+def _drop(tx: Connection, now: datetime, records: Sequence[CheckRecord], reason: str) -> None:
     """Ends checks that are open, and the leases on them."""
     ids = [record.task_id for record in records]
     for lease in live_leases(tx, ids).values():

@@ -11,7 +11,7 @@ from datetime import datetime, timedelta
 
 from sqlalchemy import Boolean, ColumnElement, Connection, FromClause, String, and_, bindparam, func, or_, select
 
-from cbtm_coordinator.lifecycle import CHECKING, TRAINING, LeaseState, TaskKind, Verification, WorkerState
+from cbtm_coordinator.lifecycle import TRAINING, LeaseState, TaskKind, Verification, WorkerState
 from cbtm_coordinator.store.records import CheckRecord, RunRecord
 from cbtm_coordinator.tables import checks, leases, runs, tasks, workers
 
@@ -22,10 +22,10 @@ _ACCOUNT = bindparam("of_account", type_=String)
 
 
 def may_take(task: FromClause) -> ColumnElement[bool]:
-    """Of a row of `tasks` with its run: parameters `of_account`, `of_trusted`, `of_trains`, `of_checks`."""
-    return or_(
-        and_(task.c.kind.in_(sorted(TRAINING)), bindparam("of_trains", type_=Boolean)),
-        and_(task.c.kind.in_(sorted(CHECKING)), bindparam("of_checks", type_=Boolean), _may_check(task)),
+    """Of a row of `tasks` with its run: parameters `of_kinds`, `of_account`, `of_trusted`."""
+    return and_(
+        task.c.kind.in_(bindparam("of_kinds", expanding=True)),
+        or_(task.c.kind.in_(sorted(TRAINING)), _may_check(task)),
     )
 
 

@@ -16,7 +16,7 @@ from cbtm_common.errors import LeaseLost, PermissionDenied
 from cbtm_common.faults import point
 from cbtm_common.ids import new_id
 from cbtm_common.recipe import LeaseRecipe, Recipe
-from cbtm_coordinator.lifecycle import CHECKING, TRAINING, LeaseState, TaskKind, TaskState, sources
+from cbtm_coordinator.lifecycle import TRAINING, LeaseState, TaskKind, TaskState, sources
 from cbtm_coordinator.scheduler import Measured, expiry_reason, pace
 from cbtm_coordinator.store import events, identities, runs
 from cbtm_coordinator.store.eligibility import may_take
@@ -55,8 +55,7 @@ def acquire(
         "of_worker": worker_id,
         "of_account": account_id,
         "of_trusted": trusted,
-        "of_trains": bool(TRAINING & set(kinds)),
-        "of_checks": bool(CHECKING & set(kinds)),
+        "of_kinds": sorted(kinds),
     }
     if run_id is None:
         row = tx.execute(_CLAIM, given).one_or_none()
