@@ -25,6 +25,7 @@ from typing import Any
 
 from cbtm._parts import ClusterInfo, EnsembleParts
 from cbtm._routing import Policy, RoutingOptions
+from cbtm_common import strict_json
 from cbtm_common.errors import AlreadyExists, IntegrityError, InvalidArgument, NotFound
 from cbtm_common.files import check_relative, describe, hash_file, safe_join
 from cbtm_common.recipe import Recipe
@@ -64,7 +65,7 @@ def load_parts(path: Path) -> EnsembleParts:
     """The ensemble saved in `path`. Raises NotFound, IntegrityError or InvalidArgument."""
     manifest_path = path / MANIFEST
     try:
-        manifest = json.loads(manifest_path.read_text("utf-8"))
+        manifest = strict_json.loads(manifest_path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         raise NotFound(f"{path} is no saved ensemble: it has no {MANIFEST}") from None
     except (OSError, ValueError) as error:
@@ -73,7 +74,7 @@ def load_parts(path: Path) -> EnsembleParts:
         raise InvalidArgument(f"{manifest_path}: its format is not {FORMAT}; a newer cbtm may be needed", field="path")
     try:
         return _parts(path, manifest)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise IntegrityError(f"{manifest_path} is damaged: {error!r}") from error
 
 

@@ -44,6 +44,8 @@ class ScriptedCoordinator:
     def __init__(self) -> None:
         self.calls: list[tuple[str, Any, str]] = []
         self.errors: defaultdict[str, list[CbtmError]] = defaultdict(list)
+        # What a method answers instead of its usual answer.
+        self.answers: dict[str, Any] = {}
         self.objects: dict[str, bytes] = {}
         self.puts: list[str] = []
         self.store_fault: Callable[[httpx.Request], httpx.Response | None] = lambda request: None
@@ -98,6 +100,8 @@ class ScriptedCoordinator:
             self._changed.notify_all()
         if error is not None:
             context.abort_with_status(rpc_status.to_status(status_of(error)))
+        if method in self.answers:
+            return self.answers[method]
         return getattr(self, f"_{method}")(request)
 
     def _Register(self, request: ws.RegisterRequest) -> ws.RegisterResponse:
