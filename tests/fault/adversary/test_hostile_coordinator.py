@@ -304,11 +304,11 @@ def _redirect(target: str) -> Callable[[BaseHTTPRequestHandler], None]:
 
 
 def _endless(handler: BaseHTTPRequestHandler) -> None:
-    """More than was announced, for as long as the client takes it."""
+    """More than was announced: 16 MiB, if the client takes them."""
     handler.send_response(200)
     handler.end_headers()
     try:
-        while True:
+        for _ in range(256):
             handler.wfile.write(bytes(1 << 16))
     except OSError:
         return
