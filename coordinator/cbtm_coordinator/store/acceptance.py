@@ -233,7 +233,8 @@ def _reports(
     tx: Connection, group: Sequence[CheckRecord], read: Callable[[dict[str, object]], _Content]
 ) -> list[Report[_Content]]:
     ids = {check.reporter_id for check in group if check.report_json}
-    trusted = dict(tx.execute(select(workers.c.id, workers.c.trusted).where(workers.c.id.in_(ids))).tuples().all())
+    rows = tx.execute(select(workers.c.id, workers.c.trusted).where(workers.c.id.in_(ids)))
+    trusted = {row.id: bool(row.trusted) for row in rows}
     return [
         Report(
             worker_id=check.reporter_id,

@@ -32,16 +32,24 @@ def may_take(task: FromClause) -> ColumnElement[bool]:
 def _may_check(task: FromClause) -> ColumnElement[bool]:
     mine = checks.alias("mine")
     other, lease, worker = checks.alias("other"), leases.alias("other_lease"), workers.alias("other_worker")
+    # One that it held and gave back without a report does not count.
+    holds = (
+        select(lease.c.id)
+        .join(worker, worker.c.id == lease.c.worker_id)
+        .where(
+            lease.c.task_id == other.c.task_id,
+            lease.c.state == LeaseState.LIVE.value,
+            worker.c.account_id == _ACCOUNT,
+        )
+        .exists()
+    )
     took_part = (
         select(other.c.task_id)
-        .join(lease, lease.c.task_id == other.c.task_id)
-        .join(worker, worker.c.id == lease.c.worker_id)
         .where(
             other.c.checkpoint_id == mine.c.checkpoint_id,
             other.c.kind == mine.c.kind,
             other.c.task_id != mine.c.task_id,
-            worker.c.account_id == _ACCOUNT,
-            or_(lease.c.state == LeaseState.LIVE.value, other.c.report_json != ""),
+            or_(other.c.reporter_account_id == _ACCOUNT, holds),
         )
         .exists()
     )

@@ -1,0 +1,315 @@
+"""What follows from reports on work: accepted, rejected, rolled back, quarantined."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import pytest
+from sqlalchemy import select
+
+from cbtm_coordinator.lifecycle import (
+    CHECKING,
+    CheckpointState,
+    LeaseState,
+    RunState,
+    TaskKind,
+    TaskState,
+    Verification,
+    WorkerState,
+)
+from cbtm_coordinator.store import (
+    acceptance,
+    checkpoints,
+    checks,
+    events,
+    experts,
+    identities,
+    leases,
+    requeue,
+    rollback,
+    runs,
+)
+from cbtm_coordinator.store import tasks as task_store
+from cbtm_coordinator.store.records import CheckpointRecord, LeaseRecord, TaskRecord
+from cbtm_coordinator.tables import checkpoints as checkpoints_table
+from cbtm_coordinator.verification.audits import Computation
+from cbtm_coordinator.verification.evaluation import Evaluation, Score
+from tests.support.registry import Registry
+
+GOOD = Evaluation(
+    own=Score(sequences=64, base_loss=2.0, loss=1.0, loss_deviation=0.1, gain_deviation=0.1),
+    train=Score(sequences=64, base_loss=2.0, loss=1.0, loss_deviation=0.1, gain_deviation=0.1),
+)
+BAD = Evaluation(
+    own=Score(sequences=64, base_loss=2.0, loss=2.0, loss_deviation=0.1, gain_deviation=0.0),
+    train=Score(sequences=64, base_loss=2.0, loss=1.0, loss_deviation=0.1, gain_deviation=0.1),
+)
+COMPUTED = Computation(device_type="cpu", environment="a CPU", precision="fp32", micro_batch=1)
+EQUAL = {"equal": True, "deviation": None, "computation": asdict(COMPUTED)}
+OTHER = {"equal": False, "deviation": 1.0, "computation": asdict(COMPUTED)}
+
+
+class Community:
+    """A run of one cluster that is verified by peers, and workers of as many accounts as there are names."""
+
+    def __init__(self, registry: Registry, *names: str) -> None:
+        self.registry = registry
+        self.run = registry.run(clusters=1)
+        with registry.store.writing() as tx:
+            runs.set_verification(tx, registry.clock(), self.run, Verification.PEERS)
+        self.workers = {name: registry.worker(name, account=name) for name in names}
+        (task,) = registry.tasks(self.run)
+        self.task_id = task.id
+
+    @property
+    def task(self) -> TaskRecord:
+        return self.registry.task(self.task_id)
+
+    def acquire(self, name: str, *kinds: TaskKind) -> LeaseRecord | None:
+        with self.registry.store.writing() as tx:
+            worker = identities.get_worker(tx, self.workers[name])
+            claim = leases.acquire(
+                tx, self.registry.clock(), worker.id, account_id=worker.account_id, kinds=kinds or (TaskKind.EXPERT,)
+            )
+        return claim.lease if claim else None
+
+    def take(self, name: str, *kinds: TaskKind) -> LeaseRecord:
+        lease = self.acquire(name, *kinds)
+        assert lease is not None
+        return lease
+
+    def save(self, lease: LeaseRecord, step: int, *, audited: bool = False) -> CheckpointRecord:
+        """Committed, with an audit of the segment or without."""
+        checkpoint = self.registry.begin(lease, step)
+        with self.registry.store.writing() as tx:
+            done, task = checkpoints.commit(
+                tx,
+                self.registry.clock(),
+                checkpoint=checkpoint,
+                worker_id=lease.worker_id,
+                epoch=lease.epoch,
+                metrics={"loss": 1.0, **asdict(COMPUTED)},
+            )
+            # A proven worker's: only the draw decides.
+            identities.change_standing(tx, lease.worker_id, lambda s: type(s)(trust=1.0, strikes=s.strikes))
+            acceptance.after_commit(tx, self.registry.clock(), done, task, draw=lambda: 0.0 if audited else 0.5)
+        return done
+
+    def hand_in(self, name: str, *, audited: bool = False) -> CheckpointRecord:
+        lease = self.take(name)
+        checkpoint = self.save(lease, 100, audited=audited)
+        self.registry.release(lease)
+        return checkpoint
+
+    def report(self, name: str, found: Evaluation | dict[str, object]) -> None:
+        kind = TaskKind.EVALUATE if isinstance(found, Evaluation) else TaskKind.AUDIT
+        lease = self.take(name, kind)
+        content = {n: asdict(s) for n, s in found.scores.items()} if isinstance(found, Evaluation) else found
+        with self.registry.store.writing() as tx:
+            check = checks.get(tx, lease.task_id)
+            reporter = identities.get_worker(tx, lease.worker_id)
+            checks.report(tx, self.registry.clock(), lease, check, reporter, content)
+            acceptance.decide(tx, self.registry.clock(), check.subject_id)
+        self.registry.release(lease)
+
+    def standing(self, name: str) -> tuple[float, int, WorkerState]:
+        with self.registry.store.reading() as tx:
+            worker = identities.get_worker(tx, self.workers[name])
+        return worker.trust, worker.strikes, worker.state
+
+    def experts(self) -> list[int]:
+        """Versions of the cluster's current expert."""
+        with self.registry.store.reading() as tx:
+            return [e.version for e in experts.current(tx, self.run.id) if e.cluster_index == 0]
+
+    def kinds(self) -> list[str]:
+        with self.registry.store.writing() as tx:
+            return [event.kind for event in events.list_events(tx, run_id=self.run.id, limit=1000)]
+
+
+def test_a_model_that_two_accounts_find_good_is_accepted_and_counts_for_its_trainer(registry: Registry) -> None:
+    here = Community(registry, "ann", "bob", "cem")
+    here.hand_in("ann")
+    assert here.task.state is TaskState.SUBMITTED
+    assert "waits to be checked" in here.task.reason
+    here.report("bob", GOOD)
+    assert here.experts() == []
+    here.report("cem", GOOD)
+    assert here.task.state is TaskState.DONE
+    assert here.experts() == [1]
+    assert registry.get_run(here.run).state is RunState.COMPLETE
+    with registry.store.reading() as tx:
+        ann = identities.get_worker(tx, here.workers["ann"])
+    assert ann.verified_tokens == 100 * 32 * 2048
+
+
+def test_nobody_checks_their_own_account_nor_twice_nor_a_cluster_that_they_trained(registry: Registry) -> None:
+    here = Community(registry, "ann", "bob", "cem")
+    first = here.take("bob")
+    here.save(first, 40)
+    registry.release(first)
+    here.workers["ann again"] = registry.worker("ann again", account="ann")
+    here.hand_in("ann")
+    for name in ("ann", "ann again", "bob"):
+        assert here.acquire(name, TaskKind.EVALUATE) is None
+    held = here.take("cem", TaskKind.EVALUATE)
+    assert here.acquire("cem", TaskKind.EVALUATE) is None
+    assert registry.get_lease(held).state is LeaseState.LIVE
+    assert here.acquire("cem") is None
+
+
+def test_evaluators_that_disagree_call_a_third_and_the_minority_is_trusted_less(registry: Registry) -> None:
+    here = Community(registry, "ann", "bob", "cem", "dan")
+    here.hand_in("ann")
+    with registry.store.writing() as tx:
+        identities.change_standing(tx, here.workers["bob"], lambda s: type(s)(trust=0.8, strikes=0))
+    here.report("bob", BAD)
+    here.report("cem", GOOD)
+    assert here.task.state is TaskState.SUBMITTED
+    here.report("dan", GOOD)
+    assert here.task.state is TaskState.DONE
+    assert here.standing("bob")[:2] == (pytest.approx(0.4), 0)
+    assert "worker.dissented" in here.kinds()
+
+
+def test_a_check_that_nobody_can_do_is_opened_for_others_and_fails_no_run(registry: Registry) -> None:
+    here = Community(registry, "ann", "bob", "cem")
+    here.hand_in("ann")
+    # Two checks of three attempts each: after five failures one of them is given up.
+    for _ in range(5):
+        registry.clock.advance(120)
+        registry.release(here.take("bob", TaskKind.EVALUATE), failed=True, detail="no memory")
+    assert registry.get_run(here.run).state is RunState.TRAINING
+    with registry.store.writing() as tx:
+        assert checks.stalled(tx) == [here.task_id]
+        acceptance.decide(tx, registry.clock(), here.task_id)
+        assert checks.stalled(tx) == []
+    registry.clock.advance(120)
+    here.report("cem", GOOD)
+    here.report("bob", GOOD)
+    assert here.task.state is TaskState.DONE
+
+
+def test_false_work_is_a_strike_and_the_second_shuts_its_account_out(registry: Registry) -> None:
+    here = Community(registry, "ann", "bob", "cem")
+    here.workers["ann again"] = registry.worker("ann again", account="ann")
+    here.hand_in("ann")
+    here.report("bob", BAD)
+    here.report("cem", BAD)
+    assert (here.task.state, here.task.committed_step) == (TaskState.PENDING, 0)
+    assert here.standing("ann") == (0.0, 1, WorkerState.ACTIVE)
+    # It is not offered to her again, but to another machine of hers.
+    assert here.acquire("ann") is None
+    here.hand_in("ann again")
+    here.report("bob", BAD)
+    here.report("cem", BAD)
+    assert here.standing("ann")[2] is here.standing("ann again")[2] is WorkerState.REVOKED
+    assert here.task.state is TaskState.PENDING
+    assert "account.quarantined" not in here.kinds()
+
+
+def test_a_model_of_several_accounts_that_fails_strikes_nobody_and_is_trained_anew(registry: Registry) -> None:
+    here = Community(registry, "ann", "bob", "cem", "dan")
+    lease = here.take("ann")
+    here.save(lease, 50)
+    registry.release(lease)
+    here.hand_in("bob")
+    here.report("cem", BAD)
+    here.report("dan", BAD)
+    assert (here.task.state, here.task.committed_step) == (TaskState.PENDING, 0)
+    assert [here.standing(name)[:2] for name in ("ann", "bob")] == [(0.5, 0), (0.5, 0)]
+
+
+def test_a_false_segment_is_rolled_back_to_the_last_checkpoint_of_somebody_else(registry: Registry) -> None:
+    here = Community(registry, "ann", "bob", "cem", "dan")
+    lease = here.take("ann")
+    here.save(lease, 20)
+    here.save(lease, 30)
+    registry.release(lease)
+    lease = here.take("bob")
+    false = here.save(lease, 40, audited=True)
+    # Superseded thrice, and kept: ann's last one, and both ends of what is replayed.
+    for step in (50, 60, 70):
+        here.save(lease, step)
+    here.report("cem", OTHER)
+    assert here.task.state is TaskState.LEASED
+    here.report("dan", OTHER)
+    assert (here.task.state, here.task.committed_step) == (TaskState.PENDING, 30)
+    resumed = registry.resume_from(here.task_id)
+    assert resumed is not None
+    assert resumed.step == 30
+    assert registry.get_lease(lease).state is LeaseState.REVOKED
+    assert registry.get_checkpoint(false).state is CheckpointState.REJECTED
+    assert here.standing("bob")[:2] == (0.0, 1)
+    assert here.standing("ann")[1] == 0
+
+
+def test_one_word_against_a_segment_is_not_enough_while_another_can_be_asked(registry: Registry) -> None:
+    here = Community(registry, "ann", "bob", "cem", "dan")
+    here.hand_in("ann", audited=True)
+    here.report("bob", GOOD)
+    here.report("cem", GOOD)
+    assert here.task.state is TaskState.SUBMITTED
+    here.report("dan", OTHER)
+    here.report("bob", EQUAL)
+    assert here.task.state is TaskState.SUBMITTED
+    here.report("cem", EQUAL)
+    assert here.task.state is TaskState.DONE
+    assert here.standing("ann")[1] == 0
+
+
+def test_whoever_saw_the_held_out_text_is_replayed_at_every_segment(registry: Registry) -> None:
+    here = Community(registry, "ann", "bob", "cem", "dan")
+    here.hand_in("ann")
+    here.report("bob", BAD)
+    here.report("cem", BAD)
+    lease = here.take("bob")
+    here.save(lease, 50)
+    with registry.store.reading() as tx:
+        kinds = [c.kind for c in checks.of_subject(tx, here.task_id) if not c.settled]
+    assert kinds == [TaskKind.AUDIT]
+
+
+def test_a_quarantine_falls_back_to_the_version_before_or_opens_the_task_again(registry: Registry) -> None:
+    here = Community(registry, "ann", "bob", "cem", "dan")
+
+    def redo(name: str) -> None:
+        here.hand_in(name)
+        for evaluator in ("cem", "dan"):
+            here.report(evaluator, GOOD)
+
+    redo("ann")
+    with registry.store.writing() as tx:
+        run = runs.get(tx, here.run.id)
+        requeue.requeue_task(tx, registry.clock(), run, here.task, from_start=True)
+    redo("bob")
+    assert here.experts() == [2]
+    quarantine(here, "bob")
+    assert here.experts() == [1]
+    assert here.task.state is TaskState.DONE
+    assert registry.get_run(here.run).state is RunState.COMPLETE
+    quarantine(here, "ann")
+    assert here.experts() == []
+    assert (here.task.state, here.task.committed_step) == (TaskState.PENDING, 0)
+    assert registry.get_run(here.run).state is RunState.TRAINING
+    with registry.store.reading() as tx:
+        states = set(tx.execute(select(checkpoints_table.c.state)).scalars())
+    assert states == {CheckpointState.REJECTED.value}
+    assert here.standing("ann")[2] is WorkerState.REVOKED
+
+
+def quarantine(here: Community, name: str) -> None:
+    registry = here.registry
+    with registry.store.writing() as tx:
+        account_id = identities.get_worker(tx, here.workers[name]).account_id
+        rollback.quarantine(tx, registry.clock(), account_id, "not believed any more")
+
+
+def test_a_check_task_stands_for_itself_in_no_status_and_no_requeue(registry: Registry) -> None:
+    here = Community(registry, "ann", "bob")
+    here.hand_in("ann", audited=True)
+    with registry.store.reading() as tx:
+        assert [t.kind for t in task_store.list_tasks(tx, here.run.id)] == [TaskKind.EXPERT]
+        assert task_store.task_of(tx, here.run, 0).id == here.task_id
+        found = checks.of_subject(tx, here.task_id)
+    assert {c.kind for c in found} == CHECKING
