@@ -10,6 +10,7 @@
     ├── Unauthenticated      UNAUTHENTICATED      no valid token or credential
     ├── PermissionDenied     PERMISSION_DENIED    a valid one, without this right
     ├── ResourceExhausted    RESOURCE_EXHAUSTED   a limit or a disk is full
+    │   └── RateLimited                           too many calls at once; try again when it says
     ├── IntegrityError       DATA_LOSS            bytes are not what their digest says
     ├── Unavailable          UNAVAILABLE          a server cannot be reached, or is draining; try again
     ├── DeadlineExceeded     DEADLINE_EXCEEDED    no answer in time; try again
@@ -97,6 +98,20 @@ class ResourceExhausted(CbtmError):
     reason = "RESOURCE_EXHAUSTED"
 
 
+class RateLimited(ResourceExhausted):
+    """`retry_after`: seconds until a call would be served; also in the status, as `google.rpc.RetryInfo`."""
+
+    reason = "RATE_LIMITED"
+
+    def __init__(self, message: str, *, retry_after: float = 0.0, metadata: dict[str, str] | None = None) -> None:
+        hint = {"retry_after": f"{retry_after:.3f}"} if retry_after else {}
+        super().__init__(message, metadata={**hint, **(metadata or {})})
+
+    @property
+    def retry_after(self) -> float:
+        return float(self.metadata.get("retry_after", 0.0))
+
+
 class IntegrityError(CbtmError):
     code = "DATA_LOSS"
     reason = "INTEGRITY"
@@ -137,6 +152,7 @@ ALL_ERRORS: tuple[type[CbtmError], ...] = (
     Unauthenticated,
     PermissionDenied,
     ResourceExhausted,
+    RateLimited,
     IntegrityError,
     Unavailable,
     DeadlineExceeded,
@@ -145,4 +161,4 @@ ALL_ERRORS: tuple[type[CbtmError], ...] = (
     InternalError,
 )
 
-RETRYABLE: tuple[type[CbtmError], ...] = (Unavailable, DeadlineExceeded)
+RETRYABLE: tuple[type[CbtmError], ...] = (Unavailable, DeadlineExceeded, RateLimited)

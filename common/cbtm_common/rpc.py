@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 from urllib.parse import urlsplit
@@ -31,6 +32,7 @@ from cbtm_common.errors import (
     CbtmError,
     InternalError,
     InvalidArgument,
+    RateLimited,
     Unavailable,
 )
 
@@ -66,6 +68,12 @@ def status_of(error: CbtmError) -> Status:
     detail = AnyMessage()
     detail.Pack(ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=error.metadata))
     status.details.append(detail)
+    if isinstance(error, RateLimited):
+        wait = RetryInfo()
+        wait.retry_delay.FromTimedelta(timedelta(seconds=error.retry_after))
+        hint = AnyMessage()
+        hint.Pack(wait)
+        status.details.append(hint)
     return status
 
 

@@ -16,6 +16,7 @@ from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
 from cbtm_common.errors import InvalidArgument
+from cbtm_coordinator.services.limits import Rates
 
 CONFIG_NAME = "coordinator.toml"
 SIGNING_KEY_NAME = "signing.key"
@@ -25,6 +26,7 @@ ADDRESS_NAME = "coordinator.address"
 DEFAULT_DATA_DIR = Path("cbtm-data")
 
 _Port = Annotated[int, Field(ge=0, le=65_535)]
+_Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 _Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
@@ -59,6 +61,13 @@ class CoordinatorConfig(BaseSettings):
     public_catalog: bool = True
     # Calls served at once.
     threads: Annotated[int, Field(ge=2, le=1024)] = 32
+    # Calls a second of one credential; and of one address, without one, with one that is not good, and to register a
+    # worker. Ten seconds' worth may come at once, and ten minutes' of registrations. 0: no limit, for coordinators
+    # behind a proxy that hides addresses.
+    calls_per_second: _Rate = 50.0
+    anonymous_calls_per_second: _Rate = 20.0
+    refusals_per_second: _Rate = 5.0
+    registrations_per_second: _Rate = 1.0
     # Connections to PostgreSQL. A few keep one process busy; more pay only where the database is far away.
     database_connections: Annotated[int, Field(ge=1, le=1024)] = 4
     # How often leases are looked at, in seconds.
@@ -90,6 +99,15 @@ class CoordinatorConfig(BaseSettings):
     @property
     def storage_location(self) -> str:
         return f"local:{(self.data_dir / 'objects').absolute()}" if self.object_store == "local" else self.object_store
+
+    @property
+    def rates(self) -> Rates:
+        return Rates(
+            calls=self.calls_per_second,
+            anonymous_calls=self.anonymous_calls_per_second,
+            refusals=self.refusals_per_second,
+            registrations=self.registrations_per_second,
+        )
 
     @property
     def url_ttl(self) -> timedelta:

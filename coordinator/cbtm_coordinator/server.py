@@ -15,20 +15,20 @@ from importlib.metadata import version
 from typing import Any
 
 import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from cbtm_api.v1 import admin_service_pb2_grpc, catalog_service_pb2_grpc, worker_service_pb2_grpc
 from cbtm_common.errors import InvalidState, Unavailable
-from cbtm_common.rpc import CHANNEL_OPTIONS
 from cbtm_coordinator import migrations
 from cbtm_coordinator.config import SIGNING_KEY_NAME, CoordinatorConfig
+from cbtm_coordinator.grpc_server import GrpcServer
 from cbtm_coordinator.services.admin import AdminServicer
 from cbtm_coordinator.services.auth import ADMIN_SERVICE, CATALOG_SERVICE, WORKER_SERVICE, Authenticator
 from cbtm_coordinator.services.catalog import CatalogServicer
 from cbtm_coordinator.services.commit import Verifier
 from cbtm_coordinator.services.context import ServiceContext
 from cbtm_coordinator.services.interceptors import ServerInterceptor
+from cbtm_coordinator.services.limits import Limiter
 from cbtm_coordinator.services.reaper import Reaper
 from cbtm_coordinator.services.structure import Structures
 from cbtm_coordinator.services.worker import WorkerServicer
@@ -37,15 +37,6 @@ from cbtm_coordinator.store import Store
 
 _log = logging.getLogger(__name__)
 _SERVICES = (WORKER_SERVICE, CATALOG_SERVICE, ADMIN_SERVICE, "grpc.health.v1.Health", reflection.SERVICE_NAME)
-
-_SERVER_OPTIONS = [
-    *CHANNEL_OPTIONS,
-    # Without it two coordinators on one port would share it silently.
-    ("grpc.so_reuseport", 0),
-    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
-    ("grpc.max_connection_idle_ms", 15 * 60 * 1000),
-]
 
 
 class Coordinator:
@@ -82,7 +73,7 @@ class Coordinator:
         )
         self._verifier = Verifier(self.objects, part_size=context.part_size)
         self._structures = Structures(self.store, self.objects)
-        self._health = health.HealthServicer()
+        self._executor = ThreadPoolExecutor(config.threads, thread_name_prefix="grpc")
         self._grpc = self._build(context)
         self.port = self._bind()
         self._reaper = Reaper(
@@ -93,23 +84,25 @@ class Coordinator:
             orphan_grace=_seconds(config.orphan_grace_seconds),
         )
 
-    def _build(self, context: ServiceContext) -> grpc.Server:
+    def _build(self, context: ServiceContext) -> GrpcServer:
         told = 0 if self.config.public_http_url else self.http_port
         authenticator = Authenticator(self.store, public_catalog=self.config.public_catalog)
-        interceptor = ServerInterceptor(authenticator, http_port=told, draining=self._draining.is_set)
-        server = grpc.server(
-            ThreadPoolExecutor(self.config.threads, thread_name_prefix="grpc"),
-            interceptors=[interceptor],
-            options=_SERVER_OPTIONS,
+        interceptor = ServerInterceptor(
+            authenticator,
+            limiter=Limiter(self.config.rates),
+            executor=self._executor,
+            http_port=told,
+            draining=self._draining.is_set,
         )
-        worker_service_pb2_grpc.add_WorkerServiceServicer_to_server(
-            WorkerServicer(context, self._verifier, self._structures), server
-        )
-        catalog_service_pb2_grpc.add_CatalogServiceServicer_to_server(CatalogServicer(context), server)
-        admin_service_pb2_grpc.add_AdminServiceServicer_to_server(AdminServicer(context, self._structures), server)
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-        reflection.enable_server_reflection(_SERVICES, server)
-        return server
+
+        def register(server: grpc.aio.Server) -> None:
+            worker = WorkerServicer(context, self._verifier, self._structures)
+            worker_service_pb2_grpc.add_WorkerServiceServicer_to_server(worker, server)
+            catalog_service_pb2_grpc.add_CatalogServiceServicer_to_server(CatalogServicer(context), server)
+            admin = AdminServicer(context, self._structures)
+            admin_service_pb2_grpc.add_AdminServiceServicer_to_server(admin, server)
+
+        return GrpcServer(interceptor, register=register, services=_SERVICES)
 
     def _bind(self) -> int:
         host, port = self.config.host, self.config.port
@@ -147,15 +140,13 @@ class Coordinator:
             self._http_thread.start()
         self._grpc.start()
         self._reaper.start()
-        for service in ("", *_SERVICES):
-            self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
 
     def stop(self) -> None:
         """Drains: refuses new calls, finishes those in progress, closes everything."""
-        for service in ("", *_SERVICES):
-            self._health.set(service, health_pb2.HealthCheckResponse.NOT_SERVING)
+        self._grpc.leave()
         self._draining.set()
-        self._grpc.stop(self.config.drain_seconds).wait()
+        self._grpc.stop(self.config.drain_seconds)
+        self._executor.shutdown(wait=False)
         if self._http is not None and self._http_thread is not None:
             self._http.should_exit = True
             self._http_thread.join(self.config.drain_seconds)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from cbtm_api.v1 import catalog_service_pb2 as cs
 from cbtm_api.v1.catalog_service_pb2_grpc import CatalogServiceServicer, add_CatalogServiceServicer_to_server
 from cbtm_common.errors import DeadlineExceeded, ResourceExhausted
 from cbtm_common.rpc import CHANNEL_OPTIONS, MAX_MESSAGE_BYTES, Connection, RetryPolicy, connect
-from cbtm_coordinator.server import _SERVER_OPTIONS
+from cbtm_coordinator.grpc_server import SERVER_OPTIONS
 from tests.support.coordinator import RunningCoordinator
 
 pytestmark = pytest.mark.integration
@@ -80,12 +80,12 @@ def test_every_call_has_a_deadline_also_when_its_caller_names_none(strange: str)
         connection.catalog.ListRuns(cs.ListRunsRequest())
 
 
-@pytest.mark.parametrize("options", [CHANNEL_OPTIONS, _SERVER_OPTIONS], ids=["caller", "coordinator"])
-def test_both_sides_notice_a_peer_that_is_gone(options: list[tuple[str, int]]) -> None:
+@pytest.mark.parametrize("options", [CHANNEL_OPTIONS, SERVER_OPTIONS], ids=["caller", "coordinator"])
+def test_both_sides_notice_a_peer_that_is_gone(options: Sequence[tuple[str, int]]) -> None:
     known = dict(options)
     assert known["grpc.keepalive_time_ms"] + known["grpc.keepalive_timeout_ms"] <= 60_000
     assert known["grpc.keepalive_permit_without_calls"] == 1
     for direction in ("send", "receive"):
         assert known[f"grpc.max_{direction}_message_length"] == MAX_MESSAGE_BYTES
     # Who pings more often than the other side allows is cut off.
-    assert dict(_SERVER_OPTIONS)["grpc.http2.min_recv_ping_interval_without_data_ms"] < known["grpc.keepalive_time_ms"]
+    assert dict(SERVER_OPTIONS)["grpc.http2.min_recv_ping_interval_without_data_ms"] < known["grpc.keepalive_time_ms"]

@@ -21,9 +21,11 @@ from cbtm_common.errors import (
     InvalidArgument,
     InvalidState,
     NotFound,
+    RateLimited,
+    ResourceExhausted,
     Unavailable,
 )
-from cbtm_common.rpc import error_of, status_of
+from cbtm_common.rpc import error_of, retry_delay_of, status_of
 
 
 class _Failed(grpc.RpcError):
@@ -65,10 +67,23 @@ def test_the_field_of_an_argument_travels() -> None:
     assert received.field == "steps"
 
 
+def test_who_calls_too_often_is_told_how_long_to_wait() -> None:
+    status = status_of(RateLimited("too many calls", retry_after=1.5))
+    sent = rpc_status.to_status(status)
+    failed = _Failed(sent.code, sent.details, status)
+    assert retry_delay_of(failed) == 1.5
+    assert error_of(failed).retry_after == 1.5  # type: ignore[attr-defined]
+    general = error_of(_Failed(grpc.StatusCode.RESOURCE_EXHAUSTED, "from gRPC itself"))
+    assert type(general) is ResourceExhausted
+
+
 def test_every_error_class_is_listed_once_with_a_code_of_grpc_and_a_reason_of_its_own() -> None:
     defined = {c for c in vars(errors).values() if isinstance(c, type) and issubclass(c, CbtmError)} - {CbtmError}
     assert defined == set(ALL_ERRORS)
     assert len({kind.reason for kind in ALL_ERRORS}) == len(ALL_ERRORS)
+    general = [kind for kind in ALL_ERRORS if kind.__base__ is CbtmError]
+    assert len({kind.code for kind in general}) == len(general)
+    assert all(kind.code in {g.code for g in general} for kind in ALL_ERRORS)
     assert all(kind.code in grpc.StatusCode.__members__ for kind in ALL_ERRORS)
     assert set(RETRYABLE) < set(ALL_ERRORS)
 
