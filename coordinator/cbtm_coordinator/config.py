@@ -16,7 +16,7 @@ from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
 from cbtm_common.errors import InvalidArgument
-from cbtm_coordinator.services.limits import Rates
+from cbtm_coordinator.limits import Quotas, Rates
 
 CONFIG_NAME = "coordinator.toml"
 SIGNING_KEY_NAME = "signing.key"
@@ -26,6 +26,7 @@ ADDRESS_NAME = "coordinator.address"
 DEFAULT_DATA_DIR = Path("cbtm-data")
 
 _Port = Annotated[int, Field(ge=0, le=65_535)]
+_Count = Annotated[int, Field(ge=0)]
 _Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 _Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -68,6 +69,12 @@ class CoordinatorConfig(BaseSettings):
     anonymous_calls_per_second: _Rate = 20.0
     refusals_per_second: _Rate = 5.0
     registrations_per_second: _Rate = 1.0
+    # Connections of one address to the object endpoint at once; 0: no limit.
+    http_connections_per_address: _Count = 512
+    # Of one worker, over all coordinators: live leases; and whole checkpoints of one run begun and not committed. 0: no
+    # limit.
+    leases_per_worker: _Count = 4
+    uploads_per_worker: _Count = 8
     # Connections to PostgreSQL. A few keep one process busy; more pay only where the database is far away.
     database_connections: Annotated[int, Field(ge=1, le=1024)] = 4
     # How often leases are looked at, in seconds.
@@ -108,6 +115,10 @@ class CoordinatorConfig(BaseSettings):
             refusals=self.refusals_per_second,
             registrations=self.registrations_per_second,
         )
+
+    @property
+    def quotas(self) -> Quotas:
+        return Quotas(leases=self.leases_per_worker, uploads=self.uploads_per_worker)
 
     @property
     def url_ttl(self) -> timedelta:

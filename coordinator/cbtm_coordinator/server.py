@@ -22,13 +22,13 @@ from cbtm_common.errors import InvalidState, Unavailable
 from cbtm_coordinator import migrations
 from cbtm_coordinator.config import SIGNING_KEY_NAME, CoordinatorConfig
 from cbtm_coordinator.grpc_server import GrpcServer
+from cbtm_coordinator.limits import Limiter
 from cbtm_coordinator.services.admin import AdminServicer
 from cbtm_coordinator.services.auth import ADMIN_SERVICE, CATALOG_SERVICE, WORKER_SERVICE, Authenticator
 from cbtm_coordinator.services.catalog import CatalogServicer
 from cbtm_coordinator.services.commit import Verifier
 from cbtm_coordinator.services.context import ServiceContext
 from cbtm_coordinator.services.interceptors import ServerInterceptor
-from cbtm_coordinator.services.limits import Limiter
 from cbtm_coordinator.services.reaper import Reaper
 from cbtm_coordinator.services.structure import Structures
 from cbtm_coordinator.services.worker import WorkerServicer
@@ -69,6 +69,7 @@ class Coordinator:
             objects=self.objects,
             secret_key=key,
             url_ttl=config.url_ttl,
+            quotas=config.quotas,
             version=version("cbtm"),
         )
         self._verifier = Verifier(self.objects, part_size=context.part_size)
@@ -117,6 +118,7 @@ class Coordinator:
         import uvicorn
 
         from cbtm_coordinator.storage.http_app import make_app
+        from cbtm_coordinator.storage.http_protocol import guarded_protocol
 
         assert isinstance(self.objects, LocalStore)
         listener = socket.socket(socket.AF_INET6 if ":" in self.config.host else socket.AF_INET)
@@ -129,7 +131,12 @@ class Coordinator:
                 "--http-port takes another"
             ) from error
         settings = uvicorn.Config(
-            make_app(self.objects), log_level="warning", access_log=False, timeout_keep_alive=75, lifespan="off"
+            make_app(self.objects),
+            http=guarded_protocol(connections_per_address=self.config.http_connections_per_address),
+            log_level="warning",
+            access_log=False,
+            timeout_keep_alive=75,
+            lifespan="off",
         )
         self._http = uvicorn.Server(settings)
         self._http_thread = threading.Thread(target=self._http.run, args=([listener],), name="http", daemon=True)

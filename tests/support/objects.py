@@ -68,12 +68,14 @@ TRICKY_KEYS = (
 
 
 @contextlib.contextmanager
-def serve(app: Any) -> Iterator[int]:
-    """Runs an ASGI application in a thread; yields its port."""
+def serve(app: Any, **settings: Any) -> Iterator[int]:
+    """Runs an ASGI application in a thread, with `settings` of uvicorn; yields its port."""
     import uvicorn
 
     listener = socket.create_server(("127.0.0.1", 0))
-    config = uvicorn.Config(app, log_level="critical", lifespan="off", ws="none", timeout_graceful_shutdown=1)
+    config = uvicorn.Config(
+        app, log_level="critical", lifespan="off", ws="none", timeout_graceful_shutdown=1, **settings
+    )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, name="uvicorn")
     thread.start()

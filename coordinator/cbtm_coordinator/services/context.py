@@ -15,6 +15,7 @@ from google.protobuf.message import Message
 from cbtm_api.v1 import resources_pb2 as pb
 from cbtm_common.errors import InvalidArgument, NotFound
 from cbtm_common.files import FileSpec, check_relative
+from cbtm_coordinator.limits import Quotas
 from cbtm_coordinator.services.auth import caller
 from cbtm_coordinator.storage import PART_SIZE, ObjectStore, prepare_download, prepare_upload
 from cbtm_coordinator.store import Connection, Store
@@ -34,6 +35,7 @@ class ServiceContext:
     secret_key: bytes
     url_ttl: timedelta = timedelta(hours=1)
     part_size: int = PART_SIZE
+    quotas: Quotas = field(default_factory=Quotas)
     version: str = ""
     min_worker_version: str = field(default="0.1.0")
 

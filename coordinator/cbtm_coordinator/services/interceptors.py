@@ -34,8 +34,8 @@ from cbtm_common.errors import (
     Unavailable,
 )
 from cbtm_common.rpc import HTTP_PORT_METADATA, status_of
+from cbtm_coordinator.limits import Limiter, address_of
 from cbtm_coordinator.services.auth import Authenticator, Principal, Role, allowed_roles, caller
-from cbtm_coordinator.services.limits import Limiter, address_of
 
 _log = logging.getLogger(__name__)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -13,7 +14,14 @@ from google.protobuf.json_format import MessageToDict
 from cbtm_api.v1 import resources_pb2 as pb
 from cbtm_api.v1 import worker_service_pb2 as ws
 from cbtm_api.v1.worker_service_pb2_grpc import WorkerServiceServicer
-from cbtm_common.errors import CheckpointRejected, IntegrityError, InvalidArgument, InvalidState, LeaseLost
+from cbtm_common.errors import (
+    CheckpointRejected,
+    IntegrityError,
+    InvalidArgument,
+    InvalidState,
+    LeaseLost,
+    ResourceExhausted,
+)
 from cbtm_common.faults import point
 from cbtm_common.files import FileSpec
 from cbtm_common.ids import hash_secret, new_id
@@ -52,6 +60,7 @@ _MAX_TOKENIZERS = 256
 # A call waits this long for the check of a checkpoint; the worker then asks again after the other.
 _COMMIT_WAIT = 8.0
 _COMMIT_RETRY = timedelta(seconds=2)
+_QUOTA_RETRY = timedelta(seconds=30)
 
 
 class WorkerServicer(WorkerServiceServicer):
@@ -107,6 +116,10 @@ class WorkerServicer(WorkerServiceServicer):
             check_active(worker)
             if worker.not_before_time is not None and worker.not_before_time > now:
                 return ws.AcquireLeaseResponse(retry_after=duration(worker.not_before_time - now), reason=worker.reason)
+            quota = self._context.quotas.leases
+            if quota and leases.count_live(tx, worker_id) >= quota:
+                reason = f"this worker holds {quota} leases, the most it may; they end unless they are renewed"
+                return ws.AcquireLeaseResponse(retry_after=duration(_QUOTA_RETRY), reason=reason)
             claimed = leases.acquire(
                 tx,
                 now,
@@ -269,6 +282,7 @@ class WorkerServicer(WorkerServiceServicer):
             files = checked_files(request.files, maximum=_MAX_FILES, prefix=prefix)
             check_paths(files)
             self._structures.check_manifest(tx, task, request.step, files)
+            self._check_quota(tx, lease, task, request.step, files)
             checkpoint = checkpoints.begin(
                 tx, self._store.now(), lease=lease, task=task, step=request.step, files=files
             )
@@ -280,6 +294,23 @@ class WorkerServicer(WorkerServiceServicer):
         )
         point("coordinator.prepare.after_sign")
         return response
+
+    def _check_quota(
+        self, tx: Connection, lease: LeaseRecord, task: TaskRecord, step: int, files: Sequence[FileSpec]
+    ) -> None:
+        """What is not committed fills the store all the same."""
+        if not self._context.quotas.uploads:
+            return
+        most = self._context.quotas.upload_bytes(runs.get_by_id(tx, task.run_id).model_parameters)
+        sent = checkpoints.bytes_on_the_way(
+            tx, worker_id=lease.worker_id, run_id=task.run_id, besides=(task.id, lease.epoch, step)
+        )
+        new = sum(file.size for file in files)
+        if sent + new > most:
+            raise ResourceExhausted(
+                f"files: {new:,} bytes beside {sent:,} of checkpoints that were begun and not committed are more than "
+                f"{most:,}, the most that one worker may send to this run; commit those first"
+            )
 
     def CommitCheckpoint(self, request: ws.CommitCheckpointRequest, context: Any) -> ws.CommitCheckpointResponse:
         worker_id = caller.get().id

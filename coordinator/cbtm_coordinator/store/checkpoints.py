@@ -33,6 +33,7 @@ from cbtm_coordinator.store.records import (
     ExpertRecord,
     LeaseRecord,
     TaskRecord,
+    files_from_json,
     files_to_json,
     prefixed,
 )
@@ -118,6 +119,22 @@ def begin(
         .values(files_json=files_json)
     )
     return get(tx, present.id)
+
+
+def bytes_on_the_way(tx: Connection, *, worker_id: str, run_id: str, besides: tuple[str, int, int]) -> int:
+    """Of checkpoints that a worker began in a run and has not committed, without that of a (task id, epoch, step)."""
+    query = (
+        select(checkpoints.c.task_id, checkpoints.c.epoch, checkpoints.c.step, checkpoints.c.files_json)
+        .join(leases_table, leases_table.c.id == checkpoints.c.lease_id)
+        .join(tasks_table, tasks_table.c.id == checkpoints.c.task_id)
+        .where(
+            checkpoints.c.state == CheckpointState.UPLOADING.value,
+            leases_table.c.worker_id == worker_id,
+            tasks_table.c.run_id == run_id,
+        )
+    )
+    rows = (row for row in tx.execute(query) if (row.task_id, row.epoch, row.step) != besides)
+    return sum(file.size for row in rows for file in files_from_json(row.files_json))
 
 
 def get(tx: Connection, checkpoint_id: str) -> CheckpointRecord:

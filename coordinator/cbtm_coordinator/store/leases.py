@@ -10,7 +10,7 @@ from datetime import datetime
 from functools import lru_cache
 from typing import NamedTuple
 
-from sqlalchemy import ColumnElement, Connection, Update, bindparam, exists, insert, literal, or_, select, update
+from sqlalchemy import ColumnElement, Connection, Update, bindparam, exists, func, insert, literal, or_, select, update
 
 from cbtm_common.errors import LeaseLost, PermissionDenied
 from cbtm_common.faults import point
@@ -163,6 +163,12 @@ def live_leases(tx: Connection, task_ids: Sequence[str]) -> dict[str, LeaseRecor
     """By task id."""
     query = select(leases).where(leases.c.task_id.in_(task_ids), leases.c.state == LeaseState.LIVE.value)
     return {row.task_id: LeaseRecord.of(row) for row in tx.execute(query)}
+
+
+def count_live(tx: Connection, worker_id: str) -> int:
+    """How many a worker holds. Exact in a transaction that has written the worker's row before."""
+    query = select(func.count()).where(leases.c.worker_id == worker_id, leases.c.state == LeaseState.LIVE.value)
+    return int(tx.execute(query).scalar_one())
 
 
 def live_leases_of_workers(tx: Connection, worker_ids: Sequence[str]) -> dict[str, LeaseRecord]:

@@ -15,10 +15,10 @@ from grpc_status import rpc_status
 
 from cbtm_api.v1 import admin_service_pb2 as ad
 from cbtm_common.errors import CbtmError, DeadlineExceeded, NotFound, RateLimited, Unauthenticated
+from cbtm_coordinator.limits import Limiter, Rates
 from cbtm_coordinator.services import interceptors
 from cbtm_coordinator.services.auth import ADMIN_SERVICE, Principal, Role, caller
 from cbtm_coordinator.services.interceptors import Call, ServerInterceptor
-from cbtm_coordinator.services.limits import Limiter, Rates
 
 METHOD = f"/{ADMIN_SERVICE}/PauseRun"
 ADMIN = Principal(role=Role.ADMIN, id="token_1")

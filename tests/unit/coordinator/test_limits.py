@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from cbtm_common.errors import RateLimited
-from cbtm_coordinator.services.limits import Buckets, Limiter, Rates, address_of
+from cbtm_coordinator.limits import Buckets, Limiter, Rates, address_of
 
 REGISTER = "/cbtm_api.v1.WorkerService/Register"
 RENEW = "/cbtm_api.v1.WorkerService/RenewLease"

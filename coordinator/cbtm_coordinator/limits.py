@@ -23,6 +23,9 @@ _BURST_SECONDS = 10.0
 # Registrations come together: a cluster's machines are started at once, behind one address.
 _REGISTRATION_BURST_SECONDS = 600.0
 _MOST_KEYS = 100_000
+# Of a checkpoint: weights in float32 and AdamW's two moments are 12 bytes a parameter.
+_STATE_BYTES = 16
+_SLACK_BYTES = 64 << 20
 
 
 class Buckets:
@@ -73,6 +76,20 @@ class Rates:
     # Of one address, with a credential that is not good.
     refusals: float = 5.0
     registrations: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quotas:
+    """Of one worker, over all coordinators; each 0 for no limit."""
+
+    # Live at once. One that comes back after a crash takes another before its old one ends.
+    leases: int = 4
+    # Checkpoints begun and not committed, of one run, counted by the bytes that a large one of it would have.
+    uploads: int = 8
+
+    def upload_bytes(self, model_parameters: int) -> int:
+        """That a worker may have on the way in a run of such a model."""
+        return self.uploads * (_STATE_BYTES * model_parameters + _SLACK_BYTES)
 
 
 class Limiter:
