@@ -41,7 +41,7 @@ class GrpcServer:
 
     def __init__(
         self,
-        interceptor: grpc.aio.ServerInterceptor,
+        interceptor: grpc.aio.ServerInterceptor[Any, Any],
         *,
         register: Callable[[grpc.aio.Server], None],
         services: Sequence[str],
@@ -50,11 +50,11 @@ class GrpcServer:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="grpc-loop", daemon=True)
         self._thread.start()
-        self._health = health.aio.HealthServicer()
+        self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # missing in the stubs
         self._server: grpc.aio.Server = self._run(self._make(interceptor, register))
 
     async def _make(
-        self, interceptor: grpc.aio.ServerInterceptor, register: Callable[[grpc.aio.Server], None]
+        self, interceptor: grpc.aio.ServerInterceptor[Any, Any], register: Callable[[grpc.aio.Server], None]
     ) -> grpc.aio.Server:
         server = grpc.aio.server(interceptors=[interceptor], options=list(SERVER_OPTIONS))
         register(server)

@@ -74,7 +74,7 @@ def log_call(call: Call) -> None:
     _log.log(level, "%s request %s by %s, %.1f ms: %s", *where)
 
 
-class ServerInterceptor(grpc.aio.ServerInterceptor):
+class ServerInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in the stubs alone
     """Wraps unary handlers, and refuses streaming ones that are not open to everybody (ours are all unary).
 
     `executor` runs what may block: authentication, and handlers that are no coroutines. `http_port` 0: the store

@@ -1,0 +1,123 @@
+"""One worker floods the coordinator: how long the others' renewals take, with its limits and without.
+
+    python -m bench.flood [--quick]
+
+So many workers renew at their usual pace while one, with a valid credential, sends renewals over many connections as
+fast as it can. The rival is the same coordinator with all limits off. SQLite, loopback; flood, workers and coordinator
+share this machine's cores, so the flood takes time from those that it is measured against.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import multiprocessing
+from contextlib import ExitStack
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import grpc
+import numpy as np
+
+from bench.coordinator import Load, Simulated, Target, fill, make_workers, paced
+from bench.processes import running_coordinator
+from bench.report import Report
+from cbtm_api.v1 import worker_service_pb2 as ws
+from cbtm_common.rpc import CHANNEL_OPTIONS
+from cbtm_coordinator.store import Store
+
+WORKERS = 300
+# Renewals a second, of all of them.
+RATE = 50.0
+CONNECTIONS, IN_FLIGHT = 8, 100
+OFF = {
+    f"CBTM_{name}": "0"
+    for name in (
+        "CALLS_PER_SECOND",
+        "ANONYMOUS_CALLS_PER_SECOND",
+        "REFUSALS_PER_SECOND",
+        "REGISTRATIONS_PER_SECOND",
+        "LEASES_PER_WORKER",
+    )
+}
+
+
+def flood(address: str, worker: Simulated, sent: multiprocessing.sharedctypes.Synchronized[int]) -> None:
+    """In a process of its own, until it is ended."""
+
+    async def one(renew: grpc.aio.UnaryUnaryMultiCallable, request: bytes) -> None:
+        while True:
+            with contextlib.suppress(grpc.aio.AioRpcError):
+                await renew(request, metadata=(("authorization", f"Bearer {worker.secret}"),), timeout=30)
+            sent.value += 1
+
+    async def run() -> None:
+        request = ws.RenewLeaseRequest(lease_id=worker.lease_id, epoch=worker.epoch).SerializeToString()
+        calls = []
+        for _ in range(CONNECTIONS):
+            channel = grpc.aio.insecure_channel(
+                address, options=[*CHANNEL_OPTIONS, ("grpc.use_local_subchannel_pool", 1)]
+            )
+            renew = channel.unary_unary("/cbtm_api.v1.WorkerService/RenewLease")
+            calls += [one(renew, request) for _ in range(IN_FLIGHT)]
+        await asyncio.gather(*calls)
+
+    asyncio.run(run())
+
+
+async def measure(
+    report: Report, name: str, store: Store, target: Target, *, seconds: float, bar: float | None
+) -> None:
+    load = Load(target)
+    held = [await load.acquire(worker) for worker in make_workers(store, WORKERS + 1)]
+    attacker = held.pop()
+    context = multiprocessing.get_context("spawn")
+    sent = context.Value("q", 0)
+    quiet = await paced(lambda n: load.renew(held[n % WORKERS], n), rate=RATE, seconds=seconds)
+    process = context.Process(target=flood, args=(target.grpc, attacker, sent), daemon=True)
+    process.start()
+    try:
+        while not sent.value:
+            await asyncio.sleep(0.05)
+        # The burst that it is granted is over by then.
+        await asyncio.sleep(2)
+        before = sent.value
+        flooded = await paced(lambda n: load.renew(held[n % WORKERS], n), rate=RATE, seconds=seconds)
+        speed = (sent.value - before) / seconds
+    finally:
+        process.kill()
+        process.join()
+    report.add(f"{name}: p99 of the others' renewals in quiet", 1000 * float(np.percentile(quiet, 99)), "ms")
+    p99 = 1000 * float(np.percentile(flooded, 99))
+    report.add(f"{name}: p99 of the others' renewals under the flood", p99, "ms", bar=bar, sense="at most")
+    report.add(f"{name}: p50 of the others' renewals under the flood", 1000 * float(np.median(flooded)), "ms")
+    report.add(f"{name}: calls that the flood had answered", speed, "/s")
+    await load.close()
+
+
+def run(
+    report: Report, stack: ExitStack, name: str, environment: dict[str, str], *, bar: float | None, quick: bool
+) -> None:
+    scratch = Path(stack.enter_context(TemporaryDirectory()))
+    coordinator = stack.enter_context(running_coordinator(scratch / "coordinator", environment))
+    store = Store(f"sqlite:///{scratch / 'coordinator' / 'registry.db'}")
+    stack.callback(store.close)
+    target = Target(grpc=coordinator.address, http=coordinator.http_url, objects=coordinator.data_dir / "objects")
+    fill(store, open_tasks=WORKERS + 1, name="flood")
+    asyncio.run(measure(report, name, store, target, seconds=5.0 if quick else 30.0, bar=bar))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="5 s instead of 30 for each figure")
+    options = parser.parse_args()
+    report = Report(bench="flood")
+    for name, environment, bar in (("limits", {}, 250.0), ("no limits", OFF, None)):
+        with ExitStack() as stack:
+            run(report, stack, name, environment, bar=bar, quick=options.quick)
+    report.finish()
+
+
+if __name__ == "__main__":
+    main()
