@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import socket
 import threading
 import time
@@ -20,14 +19,17 @@ from cbtm_api.v1 import catalog_service_pb2 as cs
 from cbtm_api.v1 import resources_pb2 as pb
 from cbtm_api.v1 import worker_service_pb2 as ws
 from cbtm_common.errors import RateLimited, ResourceExhausted, Unauthenticated
+from cbtm_common.files import describe
 from cbtm_common.ids import new_request_id
+from cbtm_common.safetensors_header import MAX_HEADER_BYTES
+from cbtm_coordinator.limits import Quotas
 from cbtm_coordinator.storage import LocalStore
 from cbtm_coordinator.storage.http_app import make_app
 from cbtm_coordinator.storage.http_protocol import guarded_protocol
 from cbtm_coordinator.storage.signing import UrlSigner
 from tests.support.coordinator import RunningCoordinator, running_coordinator
 from tests.support.objects import TTL, serve
-from tests.support.raw_run import RawWorker, make_run
+from tests.support.raw_run import STEPS, RawWorker, checkpoint_folder, make_run
 
 pytestmark = pytest.mark.integration
 
@@ -117,8 +119,13 @@ def test_a_call_without_a_deadline_is_refused(coordinator: RunningCoordinator) -
 
 
 def test_a_worker_over_its_rate_is_told_how_long_to_wait_and_others_are_served(
-    coordinator: RunningCoordinator, worker: RawWorker
+    coordinator: RunningCoordinator,
 ) -> None:
+    with contextlib.closing(RawWorker(coordinator, name="flood")) as worker:
+        _flood(coordinator, worker)
+
+
+def _flood(coordinator: RunningCoordinator, worker: RawWorker) -> None:
     lease = worker.lease()
     secret = worker.connection.credential
     with grpc.insecure_channel(coordinator.target) as channel:
@@ -169,27 +176,32 @@ def test_a_worker_holds_no_more_leases_than_it_may(worker: RawWorker) -> None:
         worker.release(lease, ws.RELEASE_REASON_PREEMPTED)
 
 
-def test_a_worker_cannot_fill_the_store_with_what_it_never_commits(worker: RawWorker) -> None:
+def test_a_worker_cannot_fill_the_store_with_what_it_never_commits(worker: RawWorker, tmp_path: Path) -> None:
     lease = worker.lease()
-    # A checkpoint of a large part of what this small model's may have.
-    part = 40 << 20
-    digests = (f"{number:064x}" for number in itertools.count(1))
+    files = [spec.to_proto() for spec in describe(checkpoint_folder(tmp_path))]
+    for spec in files:
+        if spec.path.endswith(".safetensors"):
+            # As large as a checkpoint of this model may claim to be.
+            spec.size += MAX_HEADER_BYTES // 2
+    size = sum(spec.size for spec in files)
+    steps = iter(range(1, STEPS))
 
-    def files(size: int) -> list[pb.FileSpec]:
-        return [pb.FileSpec(path="state.json", size=size, sha256=next(digests))]
+    def fill(held: pb.Lease) -> int:
+        """Begins checkpoints until no more are allowed; how many there were."""
+        for count, step in enumerate(steps):
+            try:
+                worker.prepare(held, step, files)
+            except ResourceExhausted:
+                return count
+        return STEPS
 
-    first = worker.prepare(lease, 1, files(part))
-    assert worker.prepare(lease, 1, files(part)).checkpoint.id == first.checkpoint.id, "the same one, written anew"
-    with pytest.raises(ResourceExhausted, match="begun and not committed"):
-        worker.prepare(lease, 2, files(part))
-    with pytest.raises(ResourceExhausted, match="begun and not committed"):
-        worker.prepare(lease, 1, files(1 << 40))
-    # Nor by giving the task back and beginning again.
+    first = worker.prepare(lease, 1, files)
+    assert worker.prepare(lease, 1, files).checkpoint.id == first.checkpoint.id, "the same one again adds nothing"
+    assert fill(lease) == Quotas(uploads=UPLOADS).upload_bytes(25) // size
+    # Nor by giving the task back and beginning anew.
     worker.release(lease, ws.RELEASE_REASON_PREEMPTED)
     again = worker.lease()
-    with pytest.raises(ResourceExhausted, match="begun and not committed"):
-        worker.prepare(again, 1, files(part))
-    worker.prepare(again, 1, files(1 << 20))
+    assert fill(again) == 0
     worker.release(again, ws.RELEASE_REASON_PREEMPTED)
 
 
