@@ -119,6 +119,26 @@ def _commit(scene: Scene) -> Call:
     return worker.calls.CommitCheckpoint, ws.CommitCheckpointRequest(checkpoint_id=prepared.checkpoint.id, **held)
 
 
+def _report_check(scene: Scene) -> Call:
+    made = scene.run()
+    trusted = pb.VERIFICATION_TRUSTED
+    scene.admin.SetVerification(
+        ad.SetVerificationRequest(request_id=new_request_id(), run=made.id, verification=trusted)
+    )
+    trainer = scene.worker()
+    trainer.save(trainer.lease(), STEPS, checkpoint_folder(scene.folder / "c", final=True))
+    token = scene.admin.CreateToken(
+        ad.CreateTokenRequest(request_id=new_request_id(), role=pb.TOKEN_ROLE_WORKER, account="owner", trusted=True)
+    )
+    evaluator = scene.stack.enter_context(contextlib.closing(RawWorker(scene.coordinator, token=token.secret)))
+    acquire = ws.AcquireLeaseRequest(request_id=new_request_id(), run=made.id, kinds=[pb.TASK_KIND_EVALUATE])
+    lease = evaluator.calls.AcquireLease(acquire).lease
+    score = ws.Score(sequences=1, base_loss=4.0, loss=3.0, loss_deviation=0.1, gain_deviation=0.1)
+    return evaluator.calls.ReportCheck, ws.ReportCheckRequest(
+        lease_id=lease.id, epoch=lease.epoch, evaluation=ws.EvaluationReport(own=score, train=score)
+    )
+
+
 def _release(scene: Scene) -> Call:
     worker, held, _ = scene.held()
     return worker.calls.ReleaseLease, ws.ReleaseLeaseRequest(release_reason=ws.RELEASE_REASON_PREEMPTED, **held)
@@ -170,6 +190,11 @@ def _set_routing(scene: Scene) -> Call:
     return scene.admin.SetRunRouting, ad.SetRunRoutingRequest(run=made.id, routing_json=routing.to_json())
 
 
+def _set_verification(scene: Scene) -> Call:
+    verification = pb.VERIFICATION_PEERS
+    return scene.admin.SetVerification, ad.SetVerificationRequest(run=scene.run().id, verification=verification)
+
+
 def _delete(scene: Scene) -> Call:
     return scene.admin.DeleteRun, ad.DeleteRunRequest(run=scene.run().id)
 
@@ -197,6 +222,7 @@ _SCENES: dict[str, Callable[[Scene], Call]] = {
     "RenewLease": _renew,
     "PrepareUpload": _prepare,
     "CommitCheckpoint": _commit,
+    "ReportCheck": _report_check,
     "ReleaseLease": _release,
     "CreateRun": _create_run,
     "PrepareRunUpload": _prepare_run_upload,
@@ -206,6 +232,7 @@ _SCENES: dict[str, Callable[[Scene], Call]] = {
     "PauseRun": _pause,
     "ResumeRun": _resume,
     "SetRunRouting": _set_routing,
+    "SetVerification": _set_verification,
     "DeleteRun": _delete,
     "RequeueTask": _requeue,
     "RevokeWorker": _revoke_worker,

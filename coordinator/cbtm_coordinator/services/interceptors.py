@@ -173,7 +173,8 @@ class ServerInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  
         try:
             answer = await asyncio.get_running_loop().run_in_executor(self._executor, work)
         except Unauthenticated:
-            self._limiter.refused(address)
+            if authorization:
+                self._limiter.refused(address)
             raise
         return await answer if inspect.isawaitable(answer) else answer
 
