@@ -34,6 +34,7 @@ SERVER_OPTIONS: Sequence[tuple[str, int]] = (
     # Who connects and says nothing is cut off.
     ("grpc.server_handshake_timeout_ms", 10_000),
 )
+_HEALTH_SECONDS = 2.0
 
 
 class GrpcServer:
@@ -70,6 +71,14 @@ class GrpcServer:
 
         return self._run(add())
 
+    def add_secure_port(self, address: str, credentials: grpc.ServerCredentials) -> int:
+        """The port bound. Raises RuntimeError."""
+
+        async def add() -> int:
+            return self._server.add_secure_port(address, credentials)
+
+        return self._run(add())
+
     def start(self) -> None:
         self._run(self._server.start())
         self._set_health(health_pb2.HealthCheckResponse.SERVING)
@@ -87,8 +96,11 @@ class GrpcServer:
 
     def _set_health(self, status: Any) -> None:
         async def set_all() -> None:
-            for service in self._services:
-                await self._health.set(service, status)
+            # A watcher that does not read what it is told would be waited for.
+            await asyncio.wait(
+                [asyncio.create_task(self._health.set(service, status)) for service in self._services],
+                timeout=_HEALTH_SECONDS,
+            )
 
         self._run(set_all())
 

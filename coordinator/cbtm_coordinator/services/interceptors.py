@@ -105,7 +105,7 @@ class ServerInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  
         if handler is None:
             return None
         if not handler.unary_unary:
-            return handler if Role.ANONYMOUS in allowed_roles(method) else _refusing(method)
+            return self._metered(method, handler) if Role.ANONYMOUS in allowed_roles(method) else _refusing(method)
         authorization = str(dict(handler_call_details.invocation_metadata).get("authorization", ""))
         behaviour = handler.unary_unary
 
@@ -140,6 +140,30 @@ class ServerInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  
 
         # On the wire it is the same; but gRPC gives the waiting for the one request to us.
         return grpc.stream_unary_rpc_method_handler(
+            serve, request_deserializer=handler.request_deserializer, response_serializer=handler.response_serializer
+        )
+
+    def _metered(self, method: str, handler: Any) -> Any:
+        """Each request of a stream counts as a call: one stream could else keep the event loop to itself."""
+        if not handler.stream_stream:
+            return handler
+        behaviour = handler.stream_stream
+
+        async def serve(requests: AsyncIterator[Any], context: Any) -> AsyncIterator[Any]:
+            address = address_of(context.peer())
+
+            async def admitted() -> AsyncIterator[Any]:
+                async for request in requests:
+                    self._limiter.admit(method, "", address)
+                    yield request
+
+            try:
+                async for answer in behaviour(admitted(), context):
+                    yield answer
+            except RateLimited as error:
+                await context.abort_with_status(rpc_status.to_status(status_of(error)))
+
+        return grpc.stream_stream_rpc_method_handler(
             serve, request_deserializer=handler.request_deserializer, response_serializer=handler.response_serializer
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import socket
 import threading
 import time
@@ -13,6 +14,7 @@ from typing import Any
 import grpc
 import pytest
 from google.rpc.error_details_pb2 import RetryInfo
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from grpc_status import rpc_status
 
 from cbtm_api.v1 import catalog_service_pb2 as cs
@@ -106,6 +108,15 @@ def test_streams_that_are_left_open_hold_up_nobody(coordinator: RunningCoordinat
             stack.callback(watch(b"").cancel)
         time.sleep(0.5)
         assert is_served(coordinator)
+
+
+def test_questions_in_one_stream_count_like_calls(coordinator: RunningCoordinator) -> None:
+    with grpc.insecure_channel(coordinator.target) as channel:
+        info = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo
+        asked = reflection_pb2.ServerReflectionRequest(list_services="")
+        with pytest.raises(grpc.RpcError, match="too many calls without a token"):
+            list(info(itertools.repeat(asked, 5000), timeout=60))
+    assert is_served(coordinator)
 
 
 def test_a_call_without_a_deadline_is_refused(coordinator: RunningCoordinator) -> None:
