@@ -13,16 +13,16 @@ import numpy as np
 import numpy.typing as npt
 
 from bench.reproduce.scores import Documents, RunScores
+from cbtm import _routing_grid
 from cbtm._routing import ContextRouter, RoutingOptions
-from cbtm_common.routing import keep_top
+from cbtm._scored import log_mixtures
 
 Float64 = npt.NDArray[np.float64]
 
+# The most expensive first.
 POLICIES: Mapping[str, RoutingOptions] = {
-    "each token": RoutingOptions(),
-    "each 16": RoutingOptions(interval=16),
-    "once after 16": RoutingOptions(settle_after=16),
-    "once after 32": RoutingOptions(settle_after=32),
+    policy.name: RoutingOptions(interval=policy.interval, settle_after=policy.settle_after)
+    for policy in reversed(_routing_grid.POLICIES)
 }
 # Multiples of the router's own temperature.
 TEMPERATURES = (0.25, 0.5, 1.0, 2.0, 4.0)
@@ -88,8 +88,9 @@ def mixtures(
     for temperature, each in weights.items():
         for name, options in POLICIES.items():
             at = followed(each, documents, options)
+            of_every_k = log_mixtures(at, scores.experts.T)
             for k in ks:
-                mixed = _mix(scores, keep_top(at, k or None))
+                mixed = of_every_k[:, k - 1]
                 made = Mixture(
                     policy=name,
                     k=k,
@@ -108,7 +109,7 @@ def with_seed(scores: RunScores, weights: Float64, documents: Documents) -> dict
     found = {}
     for name, options in POLICIES.items():
         at = followed(weights, documents, options)
-        top = _mix(scores, keep_top(at, 1))
+        top = log_mixtures(at, scores.experts.T)[:, 0]
         tried = [
             (threshold, perplexity(np.where(at.max(axis=1) < threshold, scores.seed, top), documents))
             for threshold in (0.0, *_THRESHOLDS)
@@ -127,8 +128,9 @@ def oracle(scores: RunScores, documents: Documents) -> Perplexity:
 
 def at_random(scores: RunScores, documents: Documents) -> dict[int, Perplexity]:
     """Of experts among which nothing tells: one of them (its expected log-likelihood), and all in equal parts."""
-    equal = np.full((scores.experts.shape[1], len(scores.experts)), 1 / len(scores.experts))
-    return {1: perplexity(scores.experts.mean(axis=0), documents), 0: perplexity(_mix(scores, equal), documents)}
+    equal = np.full(scores.experts.T.shape, 1 / len(scores.experts))
+    together = log_mixtures(equal, scores.experts.T)[:, -1]
+    return {1: perplexity(scores.experts.mean(axis=0), documents), 0: perplexity(together, documents)}
 
 
 def spread(mixture: Float64, dense: Float64, documents: Documents, *, draws: int = 1000) -> tuple[float, float]:
@@ -139,12 +141,3 @@ def spread(mixture: Float64, dense: Float64, documents: Documents, *, draws: int
     gains = 1 - np.exp(-difference[chosen].sum(axis=1) / tokens[chosen].sum(axis=1))
     low, high = np.quantile(gains, (0.025, 0.975))
     return float(low), float(high)
-
-
-def _mix(scores: RunScores, weights: Float64) -> Float64:
-    """log Σ_k w · p over weights [tokens, K], one expert at a time."""
-    mixed = np.full(len(weights), -np.inf)
-    for column, row in zip(weights.T, scores.experts, strict=True):
-        used = np.flatnonzero(column)
-        mixed[used] = np.logaddexp(mixed[used], np.log(column[used]) + row[used])
-    return mixed
