@@ -3,10 +3,12 @@ PY := .venv/bin/python
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 PYTHON ?= python3
 SECONDS ?= 600
+# Of the study; made when it is not there.
+CORPUS ?= corpus-out
 # Without their caches the tests spend a third of their time on compiling themselves.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup demo chaos test unit check format protos clean
+.PHONY: setup demo reproduce chaos test unit check format protos clean
 .NOTPARALLEL:
 
 setup: .venv/.setup-stamp
@@ -19,6 +21,12 @@ setup: .venv/.setup-stamp
 
 demo: setup
 	$(PY) -m examples.demo --out demo-out
+
+reproduce: setup $(CORPUS)/manifest.json
+	$(PY) -m bench.reproduce --corpus $(CORPUS)/train --out reproduce-out $(if $(SIZE),--size $(SIZE)) $(if $(FULL),--full)
+
+$(CORPUS)/manifest.json: | setup
+	$(PY) -m bench.corpus $(CORPUS)
 
 chaos: setup
 	$(PY) -m tests.chaos --seconds $(SECONDS) $(if $(SEED),--seed $(SEED))
@@ -46,4 +54,4 @@ protos: setup
 	$(PY) scripts/generate_protos.py
 
 clean:
-	rm -rf .venv demo-out .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv demo-out corpus-out reproduce-out .mypy_cache .ruff_cache .pytest_cache

@@ -36,7 +36,7 @@ _SAMPLE = 30_000
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.reproduce", description=__doc__)
-    parser.add_argument("--corpus", type=Path, required=True, help="folder with a JSONL file for each domain")
+    parser.add_argument("--corpus", type=Path, required=True, help="FOLDER/train of `python -m bench.corpus FOLDER`")
     parser.add_argument("--out", type=Path, default=Path("reproduce-out"), help="everything that is made on the way")
     parser.add_argument("--results", type=Path, help="folder for tables and figures (default: OUT/results)")
     parser.add_argument("--size", choices=SIZES, default="small")
