@@ -117,7 +117,7 @@ SIZES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """One cut of the grid. `full` sweeps every dense batch at every rate, and both seed fractions at every K."""
+    """One cut of the grid. `full` sweeps every dense batch at every rate, and trains both seeds of protocol B."""
 
     size: Size
     seeds: tuple[int, ...]
@@ -128,9 +128,10 @@ class Plan:
         """Values of K; the greatest is last."""
         return (*self.size.clusters, 25) if self.full else self.size.clusters
 
-    def fractions(self, clusters: int) -> tuple[float, ...]:
-        """Seed fractions of protocol B at this K, the one that others are compared at first."""
-        return (0.75, 0.5) if self.full or clusters == max(self.clusters) else (0.75,)
+    @property
+    def fractions(self) -> tuple[float, ...]:
+        """Seed fractions of protocol B, the one that others are compared at first."""
+        return (0.75, 0.5) if self.full else (0.75,)
 
     def units(self) -> float:
         """Training tokens of all of it, as multiples of `size.tokens`."""
@@ -138,7 +139,7 @@ class Plan:
         sweep = len({*size.dense_batches, size.paper_batch})
         dense = sweep + 1 if first_rate_only else sweep * len(size.learning_rates)
         paper = 0.5 + 0.5 * len(self.clusters) + 0.5
-        honest = sum(1 - fraction for k in self.clusters for fraction in self.fractions(k)) + 0.75 + 0.5
+        honest = sum(fraction + (1 - fraction) * len(self.clusters) for fraction in self.fractions)
         return len(self.seeds) * (dense + paper + honest)
 
 

@@ -97,6 +97,9 @@ def train(
     site.wait([d.run for d in sweep])
     best = min(sweep, key=lambda d: validate(d.run, host))
     others = [] if plan.full else [dense(best.batch, rate) for rate in size.learning_rates[1:]]
+    if best.batch == min(size.dense_batches) > 1:
+        # The best at the edge of a sweep may not be the best there is.
+        others.append(dense(best.batch // 2, first_rate))
 
     site.wait([host])
     seed_dir, tokenizer = seed_of(host), tokenizer_of(host)
@@ -140,11 +143,11 @@ def train(
         trained.experts.append(Experts(runs=(run,), protocol="B", clusters=clusters, fraction=fraction))
         return run
 
-    firsts = {fraction: honest(most, fraction, config) for fraction in plan.fractions(most)}
+    firsts = {fraction: honest(most, fraction, config) for fraction in plan.fractions}
     for fraction, first in firsts.items():
         site.wait([first])
         for clusters in plan.clusters:
-            if clusters != most and fraction in plan.fractions(clusters):
+            if clusters != most:
                 honest(clusters, fraction, seed_of(first))
     site.wait([run for experts in trained.experts for run in experts.runs])
     return trained
