@@ -130,7 +130,13 @@ class HeldOut:
         if self._found is None:
             site, size = self._site, self._size
             documents = Documents.of(
-                site.target, host, site.token, site.cache, beside=complete, tokens=size.document_tokens
+                site.target,
+                host,
+                site.token,
+                site.cache,
+                beside=complete,
+                limits=size.documents,
+                tokens=size.document_tokens,
             )
             self._found = documents, Scores(self._folder, documents, window=size.sequence_length)
         return self._found

@@ -27,7 +27,8 @@ class Size:
     tokens: int
     domain_bytes: int
     held_out_fraction: float
-    # Of each held-out document so many tokens are scored, from its beginning.
+    # Held-out documents to choose by, and to report on, at most; of each so many tokens from its beginning.
+    documents: tuple[int, int]
     document_tokens: int
     learning_rates: tuple[float, ...]
     dense_batches: tuple[int, ...]
@@ -65,6 +66,7 @@ SIZES = {
         tokens=65_536,
         domain_bytes=40_000,
         held_out_fraction=0.1,
+        documents=(100, 250),
         document_tokens=96,
         learning_rates=(3e-3, 6e-3),
         dense_batches=(4, 8, 16),
@@ -82,6 +84,7 @@ SIZES = {
         tokens=4_200_000,
         domain_bytes=1_500_000,
         held_out_fraction=0.04,
+        documents=(100, 250),
         document_tokens=384,
         learning_rates=(2e-3, 4e-3),
         dense_batches=(4, 8, 16),
@@ -99,6 +102,7 @@ SIZES = {
         tokens=400_000_000,
         domain_bytes=1 << 40,
         held_out_fraction=0.02,
+        documents=(500, 2000),
         document_tokens=1024,
         learning_rates=(6e-4, 1.2e-3),
         dense_batches=(32, 64, 128),

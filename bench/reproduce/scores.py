@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from cbtm._catalog import Catalog
 from cbtm._ensemble import Ensemble
+from cbtm._held_out import HeldOutDocument
 from cbtm._merge import average
 from cbtm._residency import load_model
 from cbtm._scoring import TokenSequence, model_scores
@@ -38,10 +39,18 @@ class Documents:
     validation: int
 
     @classmethod
-    def of(cls, target: str, run: str, token: str, cache: Path, *, beside: str, tokens: int) -> Documents:
-        """The run's, of each at most so many tokens. `beside` is a complete run with the same tokenizer."""
+    def of(
+        cls, target: str, run: str, token: str, cache: Path, *, beside: str, limits: tuple[int, int], tokens: int
+    ) -> Documents:
+        """Of the run's at most so many of each split, evenly over its clusters, and so many tokens of each.
+
+        `beside` is a complete run with the same tokenizer.
+        """
         with Catalog(target, run=run, token=token, cache_dir=cache) as catalog:
-            found = [catalog.held_out(split=split) for split in ("validation", "test")]
+            found = [
+                _evenly(catalog.held_out(split=split), limit)
+                for split, limit in zip(("validation", "test"), limits, strict=True)
+            ]
         with Ensemble.from_coordinator(target, run=beside, token=token, cache_dir=cache) as model:
             sequences = [model.sequence_of(d.token_ids[:tokens]) for part in found for d in part]
         bounds = np.cumsum([0, *(sequence.scored for sequence in sequences)])
@@ -54,6 +63,11 @@ class Documents:
 
     def __len__(self) -> int:
         return len(self.sequences)
+
+
+def _evenly(documents: Sequence[HeldOutDocument], limit: int) -> list[HeldOutDocument]:
+    count = len(documents)
+    return [documents[i * count // limit] for i in range(limit)] if count > limit else list(documents)
 
 
 class Scores:
