@@ -8,6 +8,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -68,6 +69,17 @@ def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]
         table.add_row(*(Text(show_value(value)) for value in row))
     # Into a pipe or a file: as wide as it takes.
     Console(width=None if sys.stdout.isatty() else 200).print(table)
+
+
+def write_output(text: str, out: Path | None) -> None:
+    """To a file, or to standard output when none is named. Raises InvalidArgument."""
+    if out is None:
+        sys.stdout.write(text)
+        return
+    try:
+        out.write_text(text, "utf-8")
+    except OSError as error:
+        raise InvalidArgument(f"out: {out} cannot be written ({error.strerror})", field="out") from error
 
 
 def show_value(value: Any) -> str:

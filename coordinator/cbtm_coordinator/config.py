@@ -20,6 +20,7 @@ from cbtm_coordinator.limits import Quotas, Rates
 
 CONFIG_NAME = "coordinator.toml"
 SIGNING_KEY_NAME = "signing.key"
+RECEIPT_KEY_NAME = "receipt.key"
 ADMIN_TOKEN_NAME = "admin.token"  # noqa: S105  # the name of a file
 JOIN_TOKEN_NAME = "join.token"  # noqa: S105  # the name of a file
 ADDRESS_NAME = "coordinator.address"

@@ -84,6 +84,13 @@ TRAINING = frozenset({TaskKind.SEED, TaskKind.EXPERT})
 CHECKING = frozenset({TaskKind.EVALUATE, TaskKind.AUDIT})
 
 
+class CreditKind(StrEnum):
+    # Tokens of a model that was accepted.
+    EARNED = "EARNED"
+    # By quarantine, of one EARNED before.
+    TAKEN_BACK = "TAKEN_BACK"
+
+
 class Verification(StrEnum):
     """Who checks what a run's workers hand in (docs/decisions/0018-verification.md)."""
 

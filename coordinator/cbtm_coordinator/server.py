@@ -20,7 +20,7 @@ from grpc_reflection.v1alpha import reflection
 from cbtm_api.v1 import admin_service_pb2_grpc, catalog_service_pb2_grpc, worker_service_pb2_grpc
 from cbtm_common.errors import InvalidState, Unavailable
 from cbtm_coordinator import migrations
-from cbtm_coordinator.config import SIGNING_KEY_NAME, CoordinatorConfig
+from cbtm_coordinator.config import RECEIPT_KEY_NAME, SIGNING_KEY_NAME, CoordinatorConfig
 from cbtm_coordinator.grpc_server import GrpcServer
 from cbtm_coordinator.limits import Limiter
 from cbtm_coordinator.services.admin import AdminServicer
@@ -68,6 +68,7 @@ class Coordinator:
             store=self.store,
             objects=self.objects,
             secret_key=key,
+            receipt_key=load_or_create_key(config.data_dir / RECEIPT_KEY_NAME),
             url_ttl=config.url_ttl,
             quotas=config.quotas,
             version=version("cbtm"),

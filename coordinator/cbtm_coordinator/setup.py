@@ -8,7 +8,13 @@ from pathlib import Path
 from cbtm_common.errors import InvalidArgument
 from cbtm_common.ids import hash_secret, new_id, new_secret
 from cbtm_coordinator import migrations
-from cbtm_coordinator.config import ADMIN_TOKEN_NAME, JOIN_TOKEN_NAME, SIGNING_KEY_NAME, CoordinatorConfig
+from cbtm_coordinator.config import (
+    ADMIN_TOKEN_NAME,
+    JOIN_TOKEN_NAME,
+    RECEIPT_KEY_NAME,
+    SIGNING_KEY_NAME,
+    CoordinatorConfig,
+)
 from cbtm_coordinator.storage import load_or_create_key
 from cbtm_coordinator.store import Store, identities
 
@@ -26,6 +32,7 @@ def initialise(config: CoordinatorConfig) -> bool:
     store.ping()
     migrations.upgrade(store.engine)
     load_or_create_key(config.data_dir / SIGNING_KEY_NAME)
+    load_or_create_key(config.data_dir / RECEIPT_KEY_NAME)
     made = False
     for name, role, account in ((ADMIN_TOKEN_NAME, "ADMIN", "owner"), (JOIN_TOKEN_NAME, "WORKER", "volunteers")):
         path = config.data_dir / name

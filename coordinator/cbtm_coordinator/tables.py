@@ -6,7 +6,8 @@
 - one training task a cluster: partial unique index `uq_tasks_training`;
 - one expert a cluster and version: UNIQUE;
 - a request is answered once: primary key (request_id, method, principal);
-- events are appended only: no statement in the store updates or deletes them.
+- a segment is credited once, and taken back once: UNIQUE (checkpoint_id, kind);
+- events and credits are appended only: no statement in the store updates or deletes them.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from sqlalchemy.engine import Dialect
 from cbtm_coordinator.lifecycle import (
     TRAINING,
     CheckpointState,
+    CreditKind,
     LeaseState,
     RunState,
     TaskKind,
@@ -386,6 +388,31 @@ experts = Table(
     UniqueConstraint("run_id", "cluster_index", "version"),
 )
 Index("ix_experts_checkpoint", experts.c.checkpoint_id)
+
+# Tokens of accepted work. Added to only, and with the names of the time: it outlives the runs that it tells of.
+credits = Table(
+    "credits",
+    metadata,
+    Column("id", BigInteger().with_variant(Integer, "sqlite"), primary_key=True, autoincrement=True),
+    Column("kind", String(16), nullable=False),
+    Column("account_id", String(64), ForeignKey("accounts.id"), nullable=False, index=True),
+    Column("worker_id", String(64), ForeignKey("workers.id"), nullable=False),
+    Column("run_id", String(64), nullable=False),
+    Column("run_name", String(200), nullable=False),
+    Column("task_id", String(64), nullable=False),
+    Column("cluster_index", Integer, nullable=False),
+    # Where its segment ends.
+    Column("checkpoint_id", String(64), nullable=False),
+    # Who checked it: the run's setting when it was accepted.
+    Column("verification", String(16), nullable=False),
+    Column("tokens", BigInteger, nullable=False),
+    _words("reason"),
+    _time("create_time"),
+    _one_of("kind", CreditKind),
+    CheckConstraint("(kind = 'EARNED' AND tokens > 0) OR (kind = 'TAKEN_BACK' AND tokens < 0)", name="tokens"),
+    UniqueConstraint("checkpoint_id", "kind"),
+    sqlite_autoincrement=True,
+)
 
 unfit = Table(
     "unfit",

@@ -137,6 +137,19 @@ def check(
     raise typer.Exit(0 if fit else 1)
 
 
+@app.command()
+def receipt(
+    coordinator: Coordinator,
+    out: Annotated[Path | None, typer.Option(help="File for it.", show_default="standard output")] = None,
+    cache_dir: CacheDir = None,
+) -> None:
+    """Write what your account has trained until now, signed by the coordinator."""
+    from cbtm_common.cli import write_output
+    from cbtm_worker.receipt import fetch_receipt
+
+    write_output(fetch_receipt(_config(coordinator, None, None, cache_dir, "")), out)
+
+
 def _config(coordinator: str, token: str | None, device: str | None, cache_dir: Path | None, name: str) -> WorkerConfig:
     import socket
 

@@ -41,10 +41,7 @@ class Slot:
 
     def load(self) -> Identity | None:
         """None also for a file that a power failure damaged: joining anew is what helps then."""
-        try:
-            return Identity(**json.loads((self.directory / "identity.json").read_text("utf-8")))
-        except (FileNotFoundError, ValueError, TypeError):
-            return None
+        return _read(self.directory)
 
     def save(self, identity: Identity) -> None:
         """Written whole or not at all, mode 0600. Raises ResourceExhausted when the disk is full."""
@@ -73,9 +70,7 @@ class Slot:
 
 def take_slot(cache_dir: Path, coordinator: str) -> Slot:
     """The first slot for `coordinator` that no other process holds. Raises ResourceExhausted when all are taken."""
-    address = hashlib.sha256(coordinator.encode()).hexdigest()[:12]
-    for number in range(_MAX_SLOTS):
-        directory = cache_dir / "workers" / f"{address}-{number}"
+    for directory in _directories(cache_dir, coordinator):
         directory.mkdir(parents=True, exist_ok=True)
         lock = FileLock(directory / "lock")
         try:
@@ -84,3 +79,20 @@ def take_slot(cache_dir: Path, coordinator: str) -> Slot:
             continue
         return Slot(directory, lock)
     raise ResourceExhausted(f"{_MAX_SLOTS} workers run from {cache_dir} already; use another --cache-dir")
+
+
+def any_identity(cache_dir: Path, coordinator: str) -> Identity | None:
+    """Of the first slot for `coordinator` that has one, also while its process runs."""
+    return next(filter(None, map(_read, _directories(cache_dir, coordinator))), None)
+
+
+def _directories(cache_dir: Path, coordinator: str) -> list[Path]:
+    address = hashlib.sha256(coordinator.encode()).hexdigest()[:12]
+    return [cache_dir / "workers" / f"{address}-{number}" for number in range(_MAX_SLOTS)]
+
+
+def _read(directory: Path) -> Identity | None:
+    try:
+        return Identity(**json.loads((directory / "identity.json").read_text("utf-8")))
+    except (FileNotFoundError, ValueError, TypeError):
+        return None

@@ -45,6 +45,23 @@ RUN_FILE_KIND_REPORT: RunFileKind.ValueType  # 4
 RUN_FILE_KIND_SHARD: RunFileKind.ValueType  # 5
 Global___RunFileKind: _TypeAlias = RunFileKind  # noqa: Y015
 
+class _LeaderboardBy:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _LeaderboardByEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_LeaderboardBy.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    LEADERBOARD_BY_UNSPECIFIED: _LeaderboardBy.ValueType  # 0
+    LEADERBOARD_BY_ACCOUNT: _LeaderboardBy.ValueType  # 1
+    LEADERBOARD_BY_WORKER: _LeaderboardBy.ValueType  # 2
+
+class LeaderboardBy(_LeaderboardBy, metaclass=_LeaderboardByEnumTypeWrapper): ...
+
+LEADERBOARD_BY_UNSPECIFIED: LeaderboardBy.ValueType  # 0
+LEADERBOARD_BY_ACCOUNT: LeaderboardBy.ValueType  # 1
+LEADERBOARD_BY_WORKER: LeaderboardBy.ValueType  # 2
+Global___LeaderboardBy: _TypeAlias = LeaderboardBy  # noqa: Y015
+
 @_typing.final
 class CreateRunRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
@@ -1036,3 +1053,126 @@ class ListEventsResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ListEventsResponse: _TypeAlias = ListEventsResponse  # noqa: Y015
+
+@_typing.final
+class GetLeaderboardRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BY_FIELD_NUMBER: _builtins.int
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    by: Global___LeaderboardBy.ValueType
+    page_size: _builtins.int
+    page_token: _builtins.str
+    def __init__(
+        self,
+        *,
+        by: Global___LeaderboardBy.ValueType = ...,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["by", b"by", "page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetLeaderboardRequest: _TypeAlias = GetLeaderboardRequest  # noqa: Y015
+
+@_typing.final
+class GetLeaderboardResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROWS_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    @_builtins.property
+    def rows(self) -> _containers.RepeatedCompositeFieldContainer[Global___LeaderboardRow]: ...
+    def __init__(
+        self,
+        *,
+        rows: _abc.Iterable[Global___LeaderboardRow] | None = ...,
+        next_page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["next_page_token", b"next_page_token", "rows", b"rows"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetLeaderboardResponse: _TypeAlias = GetLeaderboardResponse  # noqa: Y015
+
+@_typing.final
+class LeaderboardRow(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    ACCOUNT_FIELD_NUMBER: _builtins.int
+    VERIFIED_TOKENS_FIELD_NUMBER: _builtins.int
+    WORKERS_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    """Of the account or the worker."""
+    name: _builtins.str
+    account: _builtins.str
+    """Name of the account."""
+    verified_tokens: _builtins.int
+    """Tokens that it trained of models that were accepted, without those that were taken back."""
+    workers: _builtins.int
+    """How many workers it has or had; 1 for a worker."""
+    def __init__(
+        self,
+        *,
+        id: _builtins.str = ...,
+        name: _builtins.str = ...,
+        account: _builtins.str = ...,
+        verified_tokens: _builtins.int = ...,
+        workers: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["account", b"account", "id", b"id", "name", b"name", "verified_tokens", b"verified_tokens", "workers", b"workers"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LeaderboardRow: _TypeAlias = LeaderboardRow  # noqa: Y015
+
+@_typing.final
+class IssueReceiptRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ACCOUNT_FIELD_NUMBER: _builtins.int
+    account: _builtins.str
+    """Id or name."""
+    def __init__(
+        self,
+        *,
+        account: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["account", b"account"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___IssueReceiptRequest: _TypeAlias = IssueReceiptRequest  # noqa: Y015
+
+@_typing.final
+class IssueReceiptResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RECEIPT_FIELD_NUMBER: _builtins.int
+    receipt: _builtins.str
+    """A signed JSON document; `cbtm-coord receipt verify` checks it, and docs/volunteer.md says what is in it."""
+    def __init__(
+        self,
+        *,
+        receipt: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["receipt", b"receipt"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___IssueReceiptResponse: _TypeAlias = IssueReceiptResponse  # noqa: Y015

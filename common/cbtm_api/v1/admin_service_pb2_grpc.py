@@ -124,6 +124,16 @@ class AdminServiceStub:
                 request_serializer=cbtm__api_dot_v1_dot_admin__service__pb2.ListEventsRequest.SerializeToString,
                 response_deserializer=cbtm__api_dot_v1_dot_admin__service__pb2.ListEventsResponse.FromString,
                 _registered_method=True)
+        self.GetLeaderboard = channel.unary_unary(
+                '/cbtm_api.v1.AdminService/GetLeaderboard',
+                request_serializer=cbtm__api_dot_v1_dot_admin__service__pb2.GetLeaderboardRequest.SerializeToString,
+                response_deserializer=cbtm__api_dot_v1_dot_admin__service__pb2.GetLeaderboardResponse.FromString,
+                _registered_method=True)
+        self.IssueReceipt = channel.unary_unary(
+                '/cbtm_api.v1.AdminService/IssueReceipt',
+                request_serializer=cbtm__api_dot_v1_dot_admin__service__pb2.IssueReceiptRequest.SerializeToString,
+                response_deserializer=cbtm__api_dot_v1_dot_admin__service__pb2.IssueReceiptResponse.FromString,
+                _registered_method=True)
 
 
 class AdminServiceServicer:
@@ -246,6 +256,20 @@ class AdminServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetLeaderboard(self, request, context):
+        """Accounts or workers by the tokens of their accepted work, most first.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def IssueReceipt(self, request, context):
+        """What an account has earned until now, signed by this coordinator.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -338,6 +362,16 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     servicer.ListEvents,
                     request_deserializer=cbtm__api_dot_v1_dot_admin__service__pb2.ListEventsRequest.FromString,
                     response_serializer=cbtm__api_dot_v1_dot_admin__service__pb2.ListEventsResponse.SerializeToString,
+            ),
+            'GetLeaderboard': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetLeaderboard,
+                    request_deserializer=cbtm__api_dot_v1_dot_admin__service__pb2.GetLeaderboardRequest.FromString,
+                    response_serializer=cbtm__api_dot_v1_dot_admin__service__pb2.GetLeaderboardResponse.SerializeToString,
+            ),
+            'IssueReceipt': grpc.unary_unary_rpc_method_handler(
+                    servicer.IssueReceipt,
+                    request_deserializer=cbtm__api_dot_v1_dot_admin__service__pb2.IssueReceiptRequest.FromString,
+                    response_serializer=cbtm__api_dot_v1_dot_admin__service__pb2.IssueReceiptResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -826,6 +860,60 @@ class AdminService:
             '/cbtm_api.v1.AdminService/ListEvents',
             cbtm__api_dot_v1_dot_admin__service__pb2.ListEventsRequest.SerializeToString,
             cbtm__api_dot_v1_dot_admin__service__pb2.ListEventsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetLeaderboard(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cbtm_api.v1.AdminService/GetLeaderboard',
+            cbtm__api_dot_v1_dot_admin__service__pb2.GetLeaderboardRequest.SerializeToString,
+            cbtm__api_dot_v1_dot_admin__service__pb2.GetLeaderboardResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def IssueReceipt(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cbtm_api.v1.AdminService/IssueReceipt',
+            cbtm__api_dot_v1_dot_admin__service__pb2.IssueReceiptRequest.SerializeToString,
+            cbtm__api_dot_v1_dot_admin__service__pb2.IssueReceiptResponse.FromString,
             options,
             channel_credentials,
             insecure,

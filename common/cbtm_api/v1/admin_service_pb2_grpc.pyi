@@ -58,6 +58,10 @@ class AdminServiceStub:
     ListTokens: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.ListTokensRequest, _admin_service_pb2.ListTokensResponse]
     RevokeToken: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.RevokeTokenRequest, _admin_service_pb2.RevokeTokenResponse]
     ListEvents: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.ListEventsRequest, _admin_service_pb2.ListEventsResponse]
+    GetLeaderboard: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.GetLeaderboardRequest, _admin_service_pb2.GetLeaderboardResponse]
+    """Accounts or workers by the tokens of their accepted work, most first."""
+    IssueReceipt: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.IssueReceiptRequest, _admin_service_pb2.IssueReceiptResponse]
+    """What an account has earned until now, signed by this coordinator."""
 
 @_typing.type_check_only
 class AdminServiceAsyncStub(AdminServiceStub):
@@ -89,6 +93,10 @@ class AdminServiceAsyncStub(AdminServiceStub):
     ListTokens: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.ListTokensRequest, _admin_service_pb2.ListTokensResponse]  # type: ignore[assignment]
     RevokeToken: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.RevokeTokenRequest, _admin_service_pb2.RevokeTokenResponse]  # type: ignore[assignment]
     ListEvents: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.ListEventsRequest, _admin_service_pb2.ListEventsResponse]  # type: ignore[assignment]
+    GetLeaderboard: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.GetLeaderboardRequest, _admin_service_pb2.GetLeaderboardResponse]  # type: ignore[assignment]
+    """Accounts or workers by the tokens of their accepted work, most first."""
+    IssueReceipt: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.IssueReceiptRequest, _admin_service_pb2.IssueReceiptResponse]  # type: ignore[assignment]
+    """What an account has earned until now, signed by this coordinator."""
 
 class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -225,5 +233,21 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _admin_service_pb2.ListEventsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_admin_service_pb2.ListEventsResponse, _abc.Awaitable[_admin_service_pb2.ListEventsResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def GetLeaderboard(
+        self,
+        request: _admin_service_pb2.GetLeaderboardRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_service_pb2.GetLeaderboardResponse, _abc.Awaitable[_admin_service_pb2.GetLeaderboardResponse]]:
+        """Accounts or workers by the tokens of their accepted work, most first."""
+
+    @_abc_1.abstractmethod
+    def IssueReceipt(
+        self,
+        request: _admin_service_pb2.IssueReceiptRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_service_pb2.IssueReceiptResponse, _abc.Awaitable[_admin_service_pb2.IssueReceiptResponse]]:
+        """What an account has earned until now, signed by this coordinator."""
 
 def add_AdminServiceServicer_to_server(servicer: AdminServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -76,6 +76,11 @@ class CatalogServiceStub:
                 request_serializer=cbtm__api_dot_v1_dot_catalog__service__pb2.RouteRequest.SerializeToString,
                 response_deserializer=cbtm__api_dot_v1_dot_catalog__service__pb2.RouteResponse.FromString,
                 _registered_method=True)
+        self.GetReceiptKey = channel.unary_unary(
+                '/cbtm_api.v1.CatalogService/GetReceiptKey',
+                request_serializer=cbtm__api_dot_v1_dot_catalog__service__pb2.GetReceiptKeyRequest.SerializeToString,
+                response_deserializer=cbtm__api_dot_v1_dot_catalog__service__pb2.GetReceiptKeyResponse.FromString,
+                _registered_method=True)
 
 
 class CatalogServiceServicer:
@@ -136,6 +141,13 @@ class CatalogServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetReceiptKey(self, request, context):
+        """The key by which receipts of this coordinator are verified.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_CatalogServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -178,6 +190,11 @@ def add_CatalogServiceServicer_to_server(servicer, server):
                     servicer.Route,
                     request_deserializer=cbtm__api_dot_v1_dot_catalog__service__pb2.RouteRequest.FromString,
                     response_serializer=cbtm__api_dot_v1_dot_catalog__service__pb2.RouteResponse.SerializeToString,
+            ),
+            'GetReceiptKey': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetReceiptKey,
+                    request_deserializer=cbtm__api_dot_v1_dot_catalog__service__pb2.GetReceiptKeyRequest.FromString,
+                    response_serializer=cbtm__api_dot_v1_dot_catalog__service__pb2.GetReceiptKeyResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -398,6 +415,33 @@ class CatalogService:
             '/cbtm_api.v1.CatalogService/Route',
             cbtm__api_dot_v1_dot_catalog__service__pb2.RouteRequest.SerializeToString,
             cbtm__api_dot_v1_dot_catalog__service__pb2.RouteResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetReceiptKey(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cbtm_api.v1.CatalogService/GetReceiptKey',
+            cbtm__api_dot_v1_dot_catalog__service__pb2.GetReceiptKeyRequest.SerializeToString,
+            cbtm__api_dot_v1_dot_catalog__service__pb2.GetReceiptKeyResponse.FromString,
             options,
             channel_credentials,
             insecure,

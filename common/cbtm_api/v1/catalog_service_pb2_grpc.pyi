@@ -48,6 +48,8 @@ class CatalogServiceStub:
     PrepareDownload: _grpc.UnaryUnaryMultiCallable[_catalog_service_pb2.CatalogServicePrepareDownloadRequest, _catalog_service_pb2.CatalogServicePrepareDownloadResponse]
     Route: _grpc.UnaryUnaryMultiCallable[_catalog_service_pb2.RouteRequest, _catalog_service_pb2.RouteResponse]
     """Texts to cluster weights, by the run's own clustering model."""
+    GetReceiptKey: _grpc.UnaryUnaryMultiCallable[_catalog_service_pb2.GetReceiptKeyRequest, _catalog_service_pb2.GetReceiptKeyResponse]
+    """The key by which receipts of this coordinator are verified."""
 
 @_typing.type_check_only
 class CatalogServiceAsyncStub(CatalogServiceStub):
@@ -69,6 +71,8 @@ class CatalogServiceAsyncStub(CatalogServiceStub):
     PrepareDownload: _aio.UnaryUnaryMultiCallable[_catalog_service_pb2.CatalogServicePrepareDownloadRequest, _catalog_service_pb2.CatalogServicePrepareDownloadResponse]  # type: ignore[assignment]
     Route: _aio.UnaryUnaryMultiCallable[_catalog_service_pb2.RouteRequest, _catalog_service_pb2.RouteResponse]  # type: ignore[assignment]
     """Texts to cluster weights, by the run's own clustering model."""
+    GetReceiptKey: _aio.UnaryUnaryMultiCallable[_catalog_service_pb2.GetReceiptKeyRequest, _catalog_service_pb2.GetReceiptKeyResponse]  # type: ignore[assignment]
+    """The key by which receipts of this coordinator are verified."""
 
 class CatalogServiceServicer(metaclass=_abc_1.ABCMeta):
     """Read-only. Needs a token of role CONSUMER or ADMIN, or none where the catalog is public. Never a worker's credential:
@@ -135,5 +139,13 @@ class CatalogServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_catalog_service_pb2.RouteResponse, _abc.Awaitable[_catalog_service_pb2.RouteResponse]]:
         """Texts to cluster weights, by the run's own clustering model."""
+
+    @_abc_1.abstractmethod
+    def GetReceiptKey(
+        self,
+        request: _catalog_service_pb2.GetReceiptKeyRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_catalog_service_pb2.GetReceiptKeyResponse, _abc.Awaitable[_catalog_service_pb2.GetReceiptKeyResponse]]:
+        """The key by which receipts of this coordinator are verified."""
 
 def add_CatalogServiceServicer_to_server(servicer: CatalogServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

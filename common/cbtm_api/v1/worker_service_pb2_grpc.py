@@ -86,6 +86,11 @@ class WorkerServiceStub:
                 request_serializer=cbtm__api_dot_v1_dot_worker__service__pb2.ProbeRequest.SerializeToString,
                 response_deserializer=cbtm__api_dot_v1_dot_worker__service__pb2.ProbeResponse.FromString,
                 _registered_method=True)
+        self.GetReceipt = channel.unary_unary(
+                '/cbtm_api.v1.WorkerService/GetReceipt',
+                request_serializer=cbtm__api_dot_v1_dot_worker__service__pb2.GetReceiptRequest.SerializeToString,
+                response_deserializer=cbtm__api_dot_v1_dot_worker__service__pb2.GetReceiptResponse.FromString,
+                _registered_method=True)
 
 
 class WorkerServiceServicer:
@@ -163,6 +168,13 @@ class WorkerServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetReceipt(self, request, context):
+        """What the worker's account has earned until now, signed by the coordinator.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_WorkerServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -215,6 +227,11 @@ def add_WorkerServiceServicer_to_server(servicer, server):
                     servicer.Probe,
                     request_deserializer=cbtm__api_dot_v1_dot_worker__service__pb2.ProbeRequest.FromString,
                     response_serializer=cbtm__api_dot_v1_dot_worker__service__pb2.ProbeResponse.SerializeToString,
+            ),
+            'GetReceipt': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetReceipt,
+                    request_deserializer=cbtm__api_dot_v1_dot_worker__service__pb2.GetReceiptRequest.FromString,
+                    response_serializer=cbtm__api_dot_v1_dot_worker__service__pb2.GetReceiptResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -489,6 +506,33 @@ class WorkerService:
             '/cbtm_api.v1.WorkerService/Probe',
             cbtm__api_dot_v1_dot_worker__service__pb2.ProbeRequest.SerializeToString,
             cbtm__api_dot_v1_dot_worker__service__pb2.ProbeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetReceipt(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cbtm_api.v1.WorkerService/GetReceipt',
+            cbtm__api_dot_v1_dot_worker__service__pb2.GetReceiptRequest.SerializeToString,
+            cbtm__api_dot_v1_dot_worker__service__pb2.GetReceiptResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -55,6 +55,8 @@ class WorkerServiceStub:
     """Gives a task back, finished or not."""
     Probe: _grpc.UnaryUnaryMultiCallable[_worker_service_pb2.ProbeRequest, _worker_service_pb2.ProbeResponse]
     """Clock, versions and a signed scratch object for measuring the link."""
+    GetReceipt: _grpc.UnaryUnaryMultiCallable[_worker_service_pb2.GetReceiptRequest, _worker_service_pb2.GetReceiptResponse]
+    """What the worker's account has earned until now, signed by the coordinator."""
 
 @_typing.type_check_only
 class WorkerServiceAsyncStub(WorkerServiceStub):
@@ -83,6 +85,8 @@ class WorkerServiceAsyncStub(WorkerServiceStub):
     """Gives a task back, finished or not."""
     Probe: _aio.UnaryUnaryMultiCallable[_worker_service_pb2.ProbeRequest, _worker_service_pb2.ProbeResponse]  # type: ignore[assignment]
     """Clock, versions and a signed scratch object for measuring the link."""
+    GetReceipt: _aio.UnaryUnaryMultiCallable[_worker_service_pb2.GetReceiptRequest, _worker_service_pb2.GetReceiptResponse]  # type: ignore[assignment]
+    """What the worker's account has earned until now, signed by the coordinator."""
 
 class WorkerServiceServicer(metaclass=_abc_1.ABCMeta):
     """Every mutation carries a request_id (a UUID): a retry with the same one gets the first answer.
@@ -168,5 +172,13 @@ class WorkerServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_worker_service_pb2.ProbeResponse, _abc.Awaitable[_worker_service_pb2.ProbeResponse]]:
         """Clock, versions and a signed scratch object for measuring the link."""
+
+    @_abc_1.abstractmethod
+    def GetReceipt(
+        self,
+        request: _worker_service_pb2.GetReceiptRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_worker_service_pb2.GetReceiptResponse, _abc.Awaitable[_worker_service_pb2.GetReceiptResponse]]:
+        """What the worker's account has earned until now, signed by the coordinator."""
 
 def add_WorkerServiceServicer_to_server(servicer: WorkerServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -18,7 +18,7 @@ from cbtm_common.protos import duration, from_duration, timestamp
 from cbtm_common.recipe import Recipe
 from cbtm_common.run_routing import RunRouting, clustering_digest
 from cbtm_coordinator.lifecycle import RunState, TaskKind, TaskState, Verification
-from cbtm_coordinator.services import convert, paging
+from cbtm_coordinator.services import convert, credit, paging
 from cbtm_coordinator.services.context import ServiceContext, checked_files
 from cbtm_coordinator.services.structure import Structures, add_architecture
 from cbtm_coordinator.storage import finish_upload, verify
@@ -392,6 +392,16 @@ class AdminServicer(AdminServiceServicer):
                 limit=paging.page_size(request.page_size),
             )
         return ad.ListEventsResponse(events=[convert.event(e) for e in found])
+
+    # Credit
+
+    def GetLeaderboard(self, request: ad.GetLeaderboardRequest, context: Any) -> ad.GetLeaderboardResponse:
+        return credit.leaderboard(self._context, request)
+
+    def IssueReceipt(self, request: ad.IssueReceiptRequest, context: Any) -> ad.IssueReceiptResponse:
+        with self._store.reading() as tx:
+            account_id = accounts.find(tx, request.account)
+        return ad.IssueReceiptResponse(receipt=credit.receipt(self._context, account_id))
 
 
 def _check_name(name: str) -> None:

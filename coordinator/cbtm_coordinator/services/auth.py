@@ -57,6 +57,7 @@ _ALLOWED: Mapping[str, Mapping[str, frozenset[Role]]] = {
         "ReportCheck": _WORKER,
         "ReleaseLease": _WORKER,
         "Probe": _JOIN | _WORKER,
+        "GetReceipt": _WORKER,
     },
     CATALOG_SERVICE: dict.fromkeys(
         (
@@ -68,6 +69,7 @@ _ALLOWED: Mapping[str, Mapping[str, frozenset[Role]]] = {
             "GetRunFiles",
             "PrepareDownload",
             "Route",
+            "GetReceiptKey",
         ),
         _READ,
     ),
@@ -91,6 +93,8 @@ _ALLOWED: Mapping[str, Mapping[str, frozenset[Role]]] = {
             "ListTokens",
             "RevokeToken",
             "ListEvents",
+            "GetLeaderboard",
+            "IssueReceipt",
         ),
         _ADMIN,
     ),

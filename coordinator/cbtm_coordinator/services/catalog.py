@@ -18,7 +18,7 @@ from cbtm_common.ids import cluster_id
 from cbtm_common.recipe import Recipe
 from cbtm_common.routing import Router, load_router
 from cbtm_common.run_routing import RunRouting
-from cbtm_coordinator.services import convert, paging
+from cbtm_coordinator.services import convert, credit, paging
 from cbtm_coordinator.services.auth import Role, caller
 from cbtm_coordinator.services.context import ServiceContext
 from cbtm_coordinator.store import Connection, experts, runs
@@ -125,6 +125,9 @@ class CatalogServicer(CatalogServiceServicer):
             *(f.file for f in runs.files(tx, run)),
             *(f for expert in experts.current(tx, run.id) for f in expert.files),
         ]
+
+    def GetReceiptKey(self, request: cs.GetReceiptKeyRequest, context: Any) -> cs.GetReceiptKeyResponse:
+        return cs.GetReceiptKeyResponse(public_key=credit.public_key(self._context))
 
     def Route(self, request: cs.RouteRequest, context: Any) -> cs.RouteResponse:
         size = sum(len(text.encode()) for text in request.texts)

@@ -33,6 +33,8 @@ class ServiceContext:
     objects: ObjectStore
     # Root of the secrets that are handed out; they can be told again for a retry, and are stored only as hashes.
     secret_key: bytes
+    # Ed25519, 32 bytes: signs receipts.
+    receipt_key: bytes
     url_ttl: timedelta = timedelta(hours=1)
     part_size: int = PART_SIZE
     quotas: Quotas = field(default_factory=Quotas)

@@ -30,7 +30,7 @@ from cbtm_common.recipe import Recipe
 from cbtm_coordinator.lifecycle import CHECKING, TRAINING, CheckpointState, RunState, TaskKind
 from cbtm_coordinator.scheduler import Measured, Pace, poll_after
 from cbtm_coordinator.services import checks as check_service
-from cbtm_coordinator.services import convert, paging
+from cbtm_coordinator.services import convert, credit, paging
 from cbtm_coordinator.services.auth import caller, check_active
 from cbtm_coordinator.services.commit import Verifier
 from cbtm_coordinator.services.context import ServiceContext, checked_files
@@ -423,6 +423,11 @@ class WorkerServicer(WorkerServiceServicer):
         response = self._context.once(request, ws.ReleaseLeaseResponse, answer)
         point("coordinator.release.after_commit")
         return response
+
+    def GetReceipt(self, request: ws.GetReceiptRequest, context: Any) -> ws.GetReceiptResponse:
+        with self._store.reading() as tx:
+            worker = identities.get_worker(tx, caller.get().id)
+        return ws.GetReceiptResponse(receipt=credit.receipt(self._context, worker.account_id))
 
     def Probe(self, request: ws.ProbeRequest, context: Any) -> ws.ProbeResponse:
         if not 0 <= request.transfer_bytes <= _MAX_PROBE_BYTES:

@@ -14,11 +14,12 @@
                  prune_abandoned, deletable, mark_deleted
     experts      add, seed, current, versions, quarantine
     checks       open_evaluation, open_audit, get, of_subject, report, settle
-    acceptance   after_commit, decide, accept, set_verification
+    acceptance   after_commit, decide, set_verification
     rollback     reject, quarantine
     eligibility  may_take, others, has_trained, sees_held_out
+    credits      earn, take_back, leaderboard, statement
     requeue      requeue_task
-    accounts     named, names
+    accounts     named, names, find
     rejections   reject
     structure    what weights look like: of runs (add_architecture, architecture) and checkpoints (add_sizes, sizes)
     identities   tokens (create, find, use, list, revoke) and workers (create, find, seen, list, set_revoked)
@@ -43,6 +44,7 @@ from cbtm_coordinator.store import (
     accounts,
     checkpoints,
     checks,
+    credits,
     eligibility,
     events,
     experts,
@@ -69,6 +71,7 @@ __all__ = [
     "accounts",
     "checkpoints",
     "checks",
+    "credits",
     "eligibility",
     "events",
     "experts",

@@ -18,7 +18,6 @@ from sqlalchemy import Connection, select, update
 from cbtm_common.recipe import Recipe
 from cbtm_coordinator.lifecycle import TaskKind, TaskState, Verification
 from cbtm_coordinator.store import checkpoints, checks, eligibility, events, experts, identities, rollback, runs
-from cbtm_coordinator.store.lineage import lineage
 from cbtm_coordinator.store.records import CheckpointRecord, CheckRecord, RunRecord, TaskRecord, WorkerRecord
 from cbtm_coordinator.store.tasks import get_task
 from cbtm_coordinator.tables import leases, workers
@@ -78,18 +77,8 @@ def set_verification(tx: Connection, now: datetime, run: RunRecord, verification
     for task_id in tx.execute(query).scalars().all():
         task = get_task(tx, task_id, lock=True)
         checks.settle(tx, now, checks.of_subject(tx, task.id), "its owner turned verification off")
-        accept(tx, now, checkpoints.submitted(tx, task))
+        checkpoints.accept(tx, now, checkpoints.submitted(tx, task))
     return runs.get(tx, run.id)
-
-
-def accept(tx: Connection, now: datetime, checkpoint: CheckpointRecord) -> None:
-    """A SUBMITTED model becomes an expert, or the seed; the tokens in it count for those who trained it."""
-    checkpoints.accept(tx, now, checkpoint)
-    task = get_task(tx, checkpoint.task_id)
-    recipe = Recipe.from_json(runs.get_by_id(tx, task.run_id).recipe_json)
-    step_tokens = (recipe.for_seed() if task.kind is TaskKind.SEED else recipe).step_tokens()
-    for segment in lineage(tx, task.id, epoch=checkpoint.epoch, step=checkpoint.step):
-        identities.credit(tx, segment.worker_id, (segment.to_step - segment.from_step) * step_tokens)
 
 
 # Audits
@@ -183,7 +172,7 @@ def _decide_submitted(tx: Connection, now: datetime, run: RunRecord, task: TaskR
     metrics = json.loads(checkpoint.metrics_json or "{}") | {_GAIN: evaluation.own.gain}
     if evaluation.canary is not None:
         metrics[_CANARY_RISE] = -evaluation.canary.gain
-    accept(tx, now, replace(checkpoint, metrics_json=json.dumps(metrics)))
+    checkpoints.accept(tx, now, replace(checkpoint, metrics_json=json.dumps(metrics)))
 
 
 def _is_replayed(

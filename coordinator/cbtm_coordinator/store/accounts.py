@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from datetime import datetime
 
-from sqlalchemy import Connection, select
+from sqlalchemy import Connection, or_, select
 from sqlalchemy.dialects import postgresql, sqlite
 
+from cbtm_common.errors import NotFound
 from cbtm_common.ids import new_id
 from cbtm_coordinator.tables import accounts
 
@@ -34,3 +35,12 @@ def names(tx: Connection, account_ids: Iterable[str]) -> dict[str, str]:
     """Names by id."""
     rows = tx.execute(select(accounts.c.id, accounts.c.name).where(accounts.c.id.in_(set(account_ids))))
     return {row.id: row.name for row in rows}
+
+
+def find(tx: Connection, account: str) -> str:
+    """The id of an account by its id or name. Raises NotFound."""
+    query = select(accounts.c.id).where(or_(accounts.c.id == account, accounts.c.name == account))
+    found = tx.execute(query.order_by(accounts.c.id != account).limit(1)).scalar_one_or_none()
+    if found is None:
+        raise NotFound(f"there is no account {account!r}; `cbtm-coord leaderboard` shows them")
+    return str(found)

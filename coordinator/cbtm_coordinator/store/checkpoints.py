@@ -27,7 +27,7 @@ from cbtm_coordinator.lifecycle import (
     Verification,
     sources,
 )
-from cbtm_coordinator.store import events, experts, leases, runs, tasks
+from cbtm_coordinator.store import credits, events, experts, leases, runs, tasks
 from cbtm_coordinator.store.records import (
     CheckpointRecord,
     ExpertRecord,
@@ -305,7 +305,10 @@ def submitted(tx: Connection, task: TaskRecord) -> CheckpointRecord:
 
 
 def accept(tx: Connection, now: datetime, checkpoint: CheckpointRecord) -> ExpertRecord:
-    """A SUBMITTED task's final checkpoint becomes the newest version of its expert; the task is DONE."""
+    """A SUBMITTED task's final checkpoint becomes the newest version of its expert; the task is DONE.
+
+    It counts for those who trained it.
+    """
     changed = tx.execute(
         update(tasks_table)
         .where(tasks_table.c.id == checkpoint.task_id, tasks_table.c.state.in_(sources(TaskState, "accept")))
@@ -328,6 +331,7 @@ def accept(tx: Connection, now: datetime, checkpoint: CheckpointRecord) -> Exper
         checkpoint_id=checkpoint.id,
         metrics_json=checkpoint.metrics_json,
     )
+    credits.earn(tx, now, task, checkpoint)
     events.append(tx, now, "task.done", run_id=task.run_id, task_id=task.id)
     _advance_run(tx, now, task)
     return expert

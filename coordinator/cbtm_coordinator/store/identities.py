@@ -244,15 +244,6 @@ def account_standing(tx: Connection, account_id: str) -> Standing:
     return Standing(trust=row.trust or 0.0, strikes=int(row.strikes or 0))
 
 
-def credit(tx: Connection, worker_id: str, tokens_trained: int) -> None:
-    """Tokens of an accepted model that this worker trained."""
-    tx.execute(
-        update(workers)
-        .where(workers.c.id == worker_id)
-        .values(verified_tokens=workers.c.verified_tokens + tokens_trained)
-    )
-
-
 def set_revoked(tx: Connection, now: datetime, worker_id: str, reason: str) -> None:
     get_worker(tx, worker_id)
     tx.execute(update(workers).where(workers.c.id == worker_id).values(state=WorkerState.REVOKED.value, reason=reason))

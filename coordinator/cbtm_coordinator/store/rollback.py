@@ -16,7 +16,7 @@ from cbtm_coordinator.lifecycle import (
     WorkerState,
     sources,
 )
-from cbtm_coordinator.store import checks, events, experts, identities, runs
+from cbtm_coordinator.store import checks, credits, events, experts, identities, runs
 from cbtm_coordinator.store.leases import end_lease, live_leases, revoke_leases
 from cbtm_coordinator.store.lineage import Segment, clean_step, lineage
 from cbtm_coordinator.store.records import TaskRecord
@@ -86,6 +86,7 @@ def quarantine(tx: Connection, now: datetime, account_id: str, reason: str) -> i
     )
     reopened = sum(_quarantine_task(tx, now, task_id, account_id, reason) for task_id in tx.execute(query).scalars())
     checks.discard_reports_of(tx, account_id)
+    credits.take_back(tx, now, account_id, reason)
     events.append(
         tx, now, "account.quarantined", reason=reason, detail={"account_id": account_id, "reopened_tasks": reopened}
     )
