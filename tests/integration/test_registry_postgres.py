@@ -24,6 +24,7 @@ from tests.support.postgres import PostgresServer, postgres
 from tests.support.registry import RECIPE, Registry, all_at_once
 from tests.unit.coordinator import (
     test_store_checkpoints,
+    test_store_credits,
     test_store_database,
     test_store_identities,
     test_store_leases,
@@ -46,6 +47,7 @@ def _tests_on_the_registry(module: ModuleType) -> dict[str, object]:
 
 for _module in (
     test_store_checkpoints,
+    test_store_credits,
     test_store_database,
     test_store_identities,
     test_store_leases,

@@ -123,13 +123,13 @@ def leaderboard(
     tx: Connection, by: LeaderboardBy, *, after: tuple[int, str] | None = None, limit: int = 100
 ) -> list[Standing]:
     """Most tokens first; ties by id. `after`: (tokens, id) of the last line before."""
-    if by is LeaderboardBy.WORKER:
-        identity, name = workers.c.id, workers.c.name
-        tokens, count = workers.c.verified_tokens, literal(1)
-    else:
-        identity, name = accounts.c.id, accounts.c.name
-        # PostgreSQL sums BIGINT to NUMERIC.
-        tokens, count = cast(func.sum(workers.c.verified_tokens), BigInteger), func.count()
+    # PostgreSQL sums BIGINT to NUMERIC.
+    summed = cast(func.sum(workers.c.verified_tokens), BigInteger)
+    identity, name, tokens, count = (
+        (workers.c.id, workers.c.name, workers.c.verified_tokens, literal(1))
+        if by is LeaderboardBy.WORKER
+        else (accounts.c.id, accounts.c.name, summed, func.count())
+    )
     query = select(
         identity.label("id"),
         name.label("name"),
