@@ -1,6 +1,6 @@
 """What one coordinator carries: simulated workers over real gRPC to a real process and a real PostgreSQL.
 
-    python -m bench.coordinator [--quick] [--database sqlite]
+    python -m bench.coordinator [--quick] [--database sqlite] [--insecure]
 
 Renewals at the pace of 10,000 live leases, renewals as fast as they go, full cycles (acquire, prepare, commit,
 release), the coordinator's memory, and the cost of each call as the registry grows. PostgreSQL runs with fsync on.
@@ -20,6 +20,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -34,10 +35,14 @@ from cbtm_api.v1 import resources_pb2 as pb
 from cbtm_api.v1 import worker_service_pb2 as ws
 from cbtm_api.v1.worker_service_pb2_grpc import WorkerServiceStub
 from cbtm_common.files import FileSpec
-from cbtm_common.ids import hash_secret, new_id, new_request_id
+from cbtm_common.ids import new_id, new_request_id
+from cbtm_common.keys import key_id
 from cbtm_common.recipe import Recipe
-from cbtm_common.rpc import CHANNEL_OPTIONS
-from cbtm_coordinator.storage import LocalStore, UrlSigner
+from cbtm_common.rpc import CHANNEL_OPTIONS, host_and_port
+from cbtm_common.security import Trust
+from cbtm_coordinator.config import SIGNING_KEY_NAME
+from cbtm_coordinator.services.credentials import Credentials
+from cbtm_coordinator.storage import LocalStore, UrlSigner, load_or_create_key
 from cbtm_coordinator.store import Store, accounts, experts, identities, runs, structure, tasks
 from cbtm_coordinator.store.records import NewCluster
 from cbtm_coordinator.structure.architecture import Architecture
@@ -70,8 +75,8 @@ class Target:
 
     grpc: str
     http: str
-    # Where its embedded store lies.
-    objects: Path
+    trust: Trust
+    data_dir: Path
 
 
 def fill(store: Store, *, open_tasks: int, name: str) -> str:
@@ -93,25 +98,34 @@ def fill(store: Store, *, open_tasks: int, name: str) -> str:
     return run.id
 
 
-def make_workers(store: Store, count: int) -> list[Simulated]:
+def make_workers(store: Store, count: int, data_dir: Path) -> list[Simulated]:
+    """Registered, with a credential for a day."""
+    credentials = Credentials(load_or_create_key(data_dir / SIGNING_KEY_NAME), clock=store.now, life=timedelta(days=1))
     made = []
     with store.writing() as tx:
         account_id = accounts.named(tx, store.now(), "simulated")
         for number in range(count):
-            secret = f"cbtm_worker_{new_id('x')}"
+            worker_id, public_key = new_id("worker"), secrets.token_bytes(32)
             identities.create_worker(
                 tx,
                 store.now(),
-                worker_id=new_id("worker"),
+                worker_id=worker_id,
                 account_id=account_id,
                 name=f"simulated-{number}",
-                credential_hash=hash_secret(secret),
+                public_key=public_key.hex(),
                 token_id=None,
                 hardware_json="{}",
                 version="0.1.0",
             )
-            made.append(Simulated(secret=secret))
+            made.append(Simulated(secret=credentials.issue(worker_id, key_id(public_key))))
     return made
+
+
+def _channel(target: Target, options: list[tuple[str, int]]) -> grpc.aio.Channel:
+    if target.trust.plain:
+        return grpc.aio.insecure_channel(target.grpc, options=options)
+    credentials = grpc.ssl_channel_credentials(target.trust.roots)
+    return grpc.aio.secure_channel(target.grpc, credentials, options=options)
 
 
 class Load:
@@ -119,8 +133,7 @@ class Load:
 
     def __init__(self, target: Target, connections: int = 4) -> None:
         self._channels = [
-            grpc.aio.insecure_channel(target.grpc, options=[*CHANNEL_OPTIONS, ("grpc.use_local_subchannel_pool", 1)])
-            for _ in range(connections)
+            _channel(target, [*CHANNEL_OPTIONS, ("grpc.use_local_subchannel_pool", 1)]) for _ in range(connections)
         ]
         self._stubs = [WorkerServiceStub(channel) for channel in self._channels]
         self._next = 0
@@ -213,13 +226,17 @@ async def paced(make: Callable[[int], Awaitable[Any]], *, rate: float, seconds: 
 class Puts:
     """PUTs over kept connections, by hand: an HTTP library would cost more than the server that is measured."""
 
-    def __init__(self, base_url: str) -> None:
-        self._host, _, self._port = base_url.removeprefix("http://").partition(":")
+    def __init__(self, target: Target) -> None:
+        self._host, _, self._port = target.http.partition("://")[2].partition(":")
+        self._tls = None if target.trust.plain else target.trust.http_context()
         self._idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
 
     async def __call__(self, upload: pb.Upload, data: bytes) -> None:
         path, headers = upload.request.url, upload.request.headers
-        reader, writer = self._idle.pop() if self._idle else await asyncio.open_connection(self._host, int(self._port))
+        if self._idle:
+            reader, writer = self._idle.pop()
+        else:
+            reader, writer = await asyncio.open_connection(self._host, int(self._port), ssl=self._tls)
         lines = [f"PUT {path} HTTP/1.1", f"host: {self._host}", f"content-length: {len(data)}"]
         lines += [f"{name}: {value}" for name, value in headers.items() if name.lower() != "content-length"]
         writer.write("\r\n".join([*lines, "", ""]).encode() + data)
@@ -280,7 +297,7 @@ def p99(latencies: list[float]) -> float:
 async def measure(report: Report, store: Store, target: Target, pid: int, *, workers: int, seconds: float) -> None:
     name = f"{workers:,} live leases"
     load = Load(target)
-    simulated = make_workers(store, workers)
+    simulated = make_workers(store, workers, target.data_dir)
     acquire_latencies: list[float] = []
     held: list[Simulated] = []
     for start in range(0, workers, SATURATION):
@@ -295,12 +312,15 @@ async def measure(report: Report, store: Store, target: Target, pid: int, *, wor
     speed, _ = await saturate(lambda n: load.renew(held[n % workers], n), seconds=seconds, in_flight=SATURATION)
     report.add("renewals, as many as go", speed, "/s", bar=None if small else 1000)
     fill(store, open_tasks=CYCLES_IN_FLIGHT * 4, name=f"cycles-{workers}")
-    cyclers = make_workers(store, CYCLES_IN_FLIGHT * 2)
+    cyclers = make_workers(store, CYCLES_IN_FLIGHT * 2, target.data_dir)
     free = asyncio.Queue[Simulated]()
     for worker in cyclers:
         free.put_nowait(worker)
-    puts = Puts(target.http)
-    for how, send in (("", placing(target.objects)), (", with the upload through its HTTP endpoint", puts)):
+    puts = Puts(target)
+    for how, send in (
+        ("", placing(target.data_dir / "objects")),
+        (", with the upload through its HTTP endpoint", puts),
+    ):
 
         async def one(_: int, send: Send = send) -> None:
             worker = await free.get()
@@ -325,7 +345,7 @@ async def curve(report: Report, store: Store, target: Target, sizes: list[int], 
     for size in sizes:
         fill(store, open_tasks=size - total, name=f"curve-{size}")
         total = size
-        workers = make_workers(store, 50)
+        workers = make_workers(store, 50, target.data_dir)
         acquired: list[float] = []
         held = [await timed(load.acquire(w), acquired) for w in workers]
         renewed: list[float] = []
@@ -340,16 +360,23 @@ async def curve(report: Report, store: Store, target: Target, sizes: list[int], 
     await load.close()
 
 
-def run(report: Report, stack: ExitStack, database: str, *, quick: bool) -> None:
+def run(report: Report, stack: ExitStack, database: str, *, quick: bool, insecure: bool) -> None:
     scratch = Path(stack.enter_context(TemporaryDirectory()))
     url = ""
     if database == "postgresql":
         url = stack.enter_context(running_postgres(durable=True)).url()
     environment = {"CBTM_DATABASE_URL": url} if url else {}
+    environment |= {"CBTM_INSECURE": "1"} if insecure else {}
     coordinator = stack.enter_context(running_coordinator(scratch / "coordinator", environment))
     store = Store(url or f"sqlite:///{scratch / 'coordinator' / 'registry.db'}")
     stack.callback(store.close)
-    target = Target(grpc=coordinator.address, http=coordinator.http_url, objects=coordinator.data_dir / "objects")
+    host, port = host_and_port(coordinator.address)
+    target = Target(
+        grpc=coordinator.address,
+        http=coordinator.http_url,
+        trust=coordinator.security.trust(host, port, ""),
+        data_dir=coordinator.data_dir,
+    )
     workers = 1000 if database == "sqlite" or quick else 10_000
     seconds = 4.0 if quick else 30.0
     fill(store, open_tasks=workers, name="main")
@@ -363,10 +390,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="fewer leases, under 60 s")
     parser.add_argument("--database", choices=["postgresql", "sqlite"], default="postgresql")
+    parser.add_argument("--insecure", action="store_true", help="without TLS, to compare")
     options = parser.parse_args()
     report = Report(bench=f"coordinator ({options.database})")
     with ExitStack() as stack:
-        run(report, stack, options.database, quick=options.quick)
+        run(report, stack, options.database, quick=options.quick, insecure=options.insecure)
     report.finish()
 
 

@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from cbtm_common.security import Security
+
 _READY_SECONDS = 60
 
 
@@ -24,6 +26,8 @@ class RunningCoordinator:
     http_url: str
     pid: int
     data_dir: Path
+    # How to know it.
+    security: Security
 
 
 @contextmanager
@@ -56,7 +60,14 @@ def running_coordinator(
             time.sleep(0.1)
         if found is None:
             raise RuntimeError(f"the coordinator did not start:\n{log_path.read_text()}")
-        yield RunningCoordinator(address=found[1], http_url=f"http://{found[2]}", pid=process.pid, data_dir=data_dir)
+        plain = bool((environment or {}).get("CBTM_INSECURE"))
+        yield RunningCoordinator(
+            address=found[1],
+            http_url=f"http{'' if plain else 's'}://{found[2]}",
+            pid=process.pid,
+            data_dir=data_dir,
+            security=Security(insecure=1) if plain else Security(ca_file=data_dir / "tls" / "ca.pem"),
+        )
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait(60)

@@ -56,7 +56,7 @@ def make_run(
         new.append(
             ad.NewCluster(index=index, documents=200, top_terms=["a"], example_documents=["An example."], shards=listed)
         )
-    with Transfer(base_url=lambda: admin.http_base) as transfer:
+    with Transfer.beside(admin) as transfer:
         for kind, made in {
             ad.RUN_FILE_KIND_TOKENIZER: tokenizer,
             ad.RUN_FILE_KIND_BASE_MODEL: model,

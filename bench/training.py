@@ -163,7 +163,7 @@ def measure(
         ),
     )
     admin_token = (coordinator.data_dir / "admin.token").read_text("utf-8").strip()
-    with connect(coordinator.address, credential=admin_token) as admin:
+    with connect(coordinator.address, token=admin_token) as admin:
         run = make_run(
             admin,
             folder / "run",

@@ -77,7 +77,7 @@ class Site:
         """Of a run; None when there is none of this name."""
         from cbtm_coordinator.cli.status import run_facts
 
-        with connect(self.target, credential=self.token) as connection:
+        with connect(self.target, token=self.token) as connection:
             try:
                 return run_facts(connection, name)
             except NotFound:

@@ -78,9 +78,9 @@ class Catalog:
         directory = cache_dir or default_cache_dir()
         self._directory = directory
         self._on_bytes = on_bytes
-        self._connection = connect(target, credential=token)
+        self._connection = connect(target, token=token)
         self._cache: ContentCache | None = None
-        self._transfer = Transfer(base_url=lambda: self._connection.http_base)
+        self._transfer = Transfer.beside(self._connection)
         self._lock = threading.Lock()
         self._sources: dict[str, CatalogSource] = {}
         try:

@@ -41,6 +41,7 @@ from cbtm._cli_options import (
     write,
 )
 from cbtm_common.cli import run_app, show_json
+from cbtm_common.cli_connection import add_connection_options
 
 app = typer.Typer(
     help="Use the experts of a Cluster-Branch-Train-Merge run as one language model.",
@@ -217,6 +218,9 @@ def _main(
 
         write(f"cbtm {version_of('cbtm')}\n")
         raise typer.Exit
+
+
+add_connection_options(app)
 
 
 def main() -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import typer
 
+from cbtm_common.cli_connection import hide_tokens
 from cbtm_common.errors import CbtmError, InvalidArgument
 
 USAGE_ERROR, ERROR, INTERRUPTED = 2, 1, 130
@@ -24,6 +25,9 @@ def run_app(app: typer.Typer, *, name: str) -> None:
     `--debug` (anywhere on the line) or `CBTM_DEBUG=1` shows tracebacks instead.
     """
     arguments = [a for a in sys.argv[1:] if a != "--debug"]
+    hide_tokens(arguments)
+    # Read when gRPC is imported: what its core says of broken handshakes and ports in use, we say in one clear line.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     debug = len(arguments) != len(sys.argv) - 1 or os.environ.get("CBTM_DEBUG") == "1"
     try:
         app(args=arguments, prog_name=name)

@@ -8,13 +8,14 @@ Does not guarantee that a call happened at most once: that is what `request_id` 
 from __future__ import annotations
 
 import random
+import ssl
 import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Protocol, Self, runtime_checkable
 from urllib.parse import urlsplit
 
 import grpc
@@ -33,13 +34,16 @@ from cbtm_common.errors import (
     InternalError,
     InvalidArgument,
     RateLimited,
+    Unauthenticated,
     Unavailable,
 )
+from cbtm_common.security import Security, Trust, check_insecure, split_token
 
 # Both sides: nothing that passes here is large, since files move by signed URLs.
 MAX_MESSAGE_BYTES = 4 * 1024 * 1024
 KEEPALIVE_SECONDS = 30
 HTTP_PORT_METADATA = "cbtm-http-port"
+_AUTHORIZATION = "authorization"
 
 CHANNEL_OPTIONS: Sequence[tuple[str, int]] = (
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
@@ -101,6 +105,12 @@ def _unanswered(target: str, error: grpc.RpcError) -> CbtmError | None:
         # We cancel no call. A server does that to those which reach it while it goes down.
         return Unavailable(f"coordinator: {target} is going down or restarts", metadata={"target": target})
     # gRPC nests what each address said, the cause last: "...; last error: UNKNOWN: ipv4:...: Connection refused".
+    if "CERTIFICATE_VERIFY_FAILED" in (call.details() or ""):
+        return Unavailable(
+            f"coordinator: {target} shows a certificate that is not trusted here; pass a token that carries its "
+            "fingerprint (as it was handed out, with the part after the dot), or --ca-file",
+            metadata={"target": target},
+        )
     cause = (call.details() or "no answer").rpartition(": ")[2].strip("[] ")
     return Unavailable(
         f"coordinator: {target} does not answer ({cause}); is `cbtm-coord serve` running there, and its port open?",
@@ -134,6 +144,19 @@ class RetryPolicy:
         return ceiling * (0.5 + 0.5 * chance)
 
 
+@runtime_checkable
+class Credential(Protocol):
+    """A bearer that changes in the course of time."""
+
+    def bearer(self) -> str:
+        """What to show now; may make a call to get it."""
+        ...
+
+    def refused(self, bearer: str) -> bool:
+        """Told that it was refused; whether there may be another one."""
+        ...
+
+
 class _Details(NamedTuple):
     method: str
     timeout: float | None
@@ -150,7 +173,7 @@ class _Interceptor(grpc.UnaryUnaryClientInterceptor):  # type: ignore[type-arg] 
         self,
         *,
         target: str,
-        credential: Callable[[], str | None],
+        credential: Callable[[], str | Credential | None],
         timeout: float,
         policy: RetryPolicy,
         on_metadata: Callable[[str], None],
@@ -164,79 +187,108 @@ class _Interceptor(grpc.UnaryUnaryClientInterceptor):  # type: ignore[type-arg] 
         self._closed = closed
 
     def intercept_unary_unary(self, continuation: Any, client_call_details: Any, request: Any) -> Any:
-        metadata = list(client_call_details.metadata or ())
-        secret = self._credential()
-        if secret:
-            metadata.append(("authorization", f"Bearer {secret}"))
-        details = _Details(
-            client_call_details.method,
-            client_call_details.timeout or self._timeout,
-            metadata,
-            None,
-            None,
-            None,
-        )
-        attempt = 0
+        own = list(client_call_details.metadata or ())
+        # What the caller itself signed is good once.
+        signed = any(key == _AUTHORIZATION for key, _ in own)
+        attempt, refreshed = 0, False
         while True:
-            call = continuation(details, request)
-            error = call.exception()
-            if error is None:
-                for key, value in (*(call.initial_metadata() or ()), *(call.trailing_metadata() or ())):
-                    if key == HTTP_PORT_METADATA:
-                        self._on_metadata(value)
-                return call
-            if not isinstance(error, grpc.RpcError):
-                # A ValueError, of all things, says that another thread closed the channel.
+            secret: str | None = None
+            try:
+                credential = None if signed else self._credential()
+                secret = credential.bearer() if isinstance(credential, Credential) else credential
+                return self._attempt(continuation, client_call_details, own, secret, request)
+            except CbtmError as error:
                 if self._closed.is_set():
-                    raise Cancelled("the connection to the coordinator is closed") from error
-                raise error
-            if self._closed.is_set() and error.code() is grpc.StatusCode.CANCELLED:
-                raise Cancelled("the connection to the coordinator is closed") from error
-            typed = _unanswered(self._target, error) or error_of(error)
-            if not isinstance(typed, RETRYABLE) or attempt + 1 >= self._policy.attempts:
-                raise typed from error
-            delay = retry_delay_of(error) or self._policy.delay(attempt, random.random())
-            if self._closed.wait(delay):
-                raise typed from error
-            attempt += 1
+                    raise
+                if isinstance(error, Unauthenticated) and secret and not refreshed:
+                    refreshed = True
+                    if isinstance(credential, Credential) and credential.refused(secret):
+                        continue
+                if signed or not isinstance(error, RETRYABLE) or attempt + 1 >= self._policy.attempts:
+                    raise
+                cause = error.__cause__
+                asked = retry_delay_of(cause) if isinstance(cause, grpc.RpcError) else None
+                if self._closed.wait(asked or self._policy.delay(attempt, random.random())):
+                    raise
+                attempt += 1
+
+    def _attempt(self, continuation: Any, given: Any, own: list[Any], secret: str | None, request: Any) -> Any:
+        """The call, when it went well. Raises what the server raised, typed."""
+        metadata = [*own, (_AUTHORIZATION, f"Bearer {secret}")] if secret else own
+        details = _Details(given.method, given.timeout or self._timeout, metadata, None, None, None)
+        call = continuation(details, request)
+        error = call.exception()
+        if error is None:
+            for key, value in (*(call.initial_metadata() or ()), *(call.trailing_metadata() or ())):
+                if key == HTTP_PORT_METADATA:
+                    self._on_metadata(value)
+            return call
+        if isinstance(error, CbtmError):
+            # Ours, of opening the channel.
+            raise error
+        closed = self._closed.is_set()
+        # A ValueError, of all things, says that another thread closed the channel.
+        if closed and (not isinstance(error, grpc.RpcError) or error.code() is grpc.StatusCode.CANCELLED):
+            raise Cancelled("the connection to the coordinator is closed") from error
+        if not isinstance(error, grpc.RpcError):
+            raise error
+        raise (_unanswered(self._target, error) or error_of(error)) from error
 
 
 class _ByName:
     """A channel whose calls name their method instead of holding a handle for it.
 
     gRPC makes such a handle at each call, and on a channel that another thread has just closed that crashes the
-    process; a call by name raises ValueError there.
+    process; a call by name raises ValueError there. The channel is opened by the first call.
     """
 
-    def __init__(self, channel: grpc.Channel) -> None:
+    def __init__(self, channel: Callable[[], grpc.Channel]) -> None:
         self._channel = channel
 
     def unary_unary(self, method: str, serializer: Any, deserializer: Any, _registered_method: bool = False) -> Any:
-        return self._channel.unary_unary(method, serializer, deserializer)
+        return _Call(lambda: self._channel().unary_unary(method, serializer, deserializer))
+
+
+class _Call:
+    """One call to come; what opening the channel raises is raised where the call is made."""
+
+    def __init__(self, multicallable: Callable[[], Any]) -> None:
+        self._multicallable = multicallable
+
+    def with_call(self, *arguments: Any, **options: Any) -> Any:
+        return self._multicallable().with_call(*arguments, **options)
 
 
 class Connection:
     """An open channel with the three services; a context manager.
 
-    `target` is `host:port`. The credential may be set later (a worker gets one by registering). `timeout` is in
-    seconds for each attempt. Errors are `CbtmError`s.
+    `target` is `host:port`. `token` may carry the fingerprint of the coordinator's authority, or else
+    `fingerprint` is it; `security` is what else is known of it. The credential may be set later (a worker gets one by
+    registering). `timeout` is in seconds for each attempt. Errors are `CbtmError`s.
     """
 
     def __init__(
         self,
         target: str,
         *,
-        credential: str | None = None,
+        token: str | None = None,
+        fingerprint: str = "",
+        security: Security | None = None,
         timeout: float = 30.0,
         policy: RetryPolicy | None = None,
-        channel: grpc.Channel | None = None,
     ) -> None:
         self.target = target
-        self.credential = credential
-        self.host = host_of(target)
-        self._http_base: str | None = None
+        self.host, self._port = host_and_port(target)
+        secret, named = split_token(token) if token else (None, "")
+        self.credential: str | Credential | None = secret
+        self.fingerprint = named or fingerprint
+        self._security = security or Security.from_environment()
+        check_insecure(self.host, self._security.insecure)
+        self._http_port = 8080
         self._closed = threading.Event()
-        self._channel = channel or grpc.insecure_channel(target, options=list(CHANNEL_OPTIONS))
+        self._opening = threading.Lock()
+        self._trust: Trust | None = None
+        self._channel: grpc.Channel | None = None
         interceptor = _Interceptor(
             target=target,
             credential=lambda: self.credential,
@@ -245,7 +297,7 @@ class Connection:
             on_metadata=self._note_http_port,
             closed=self._closed,
         )
-        calls: Any = _ByName(self._channel)
+        calls: Any = _ByName(self._open)
         intercepted = grpc.intercept_channel(calls, interceptor)
         self.worker = worker_service_pb2_grpc.WorkerServiceStub(intercepted)
         self.catalog = catalog_service_pb2_grpc.CatalogServiceStub(intercepted)
@@ -254,16 +306,42 @@ class Connection:
     @property
     def http_base(self) -> str:
         """Where path-only signed URLs lead: the HTTP port that the coordinator names, on the host dialled."""
-        return self._http_base or f"http://{self.host}:8080"
+        return f"http{'' if self._security.insecure else 's'}://{self.host}:{self._http_port}"
+
+    def http_context(self) -> ssl.SSLContext:
+        """What to trust at `http_base`. Raises as the first call would."""
+        return self._trusted().http_context()
 
     def _note_http_port(self, port: str) -> None:
-        self._http_base = f"http://{self.host}:{int(port)}"
+        self._http_port = int(port)
+
+    def _trusted(self) -> Trust:
+        with self._opening:
+            if self._trust is None:
+                self._trust = self._security.trust(self.host, self._port, self.fingerprint)
+            return self._trust
+
+    def _open(self) -> grpc.Channel:
+        trust = self._trusted()
+        with self._opening:
+            if self._channel is None:
+                if self._closed.is_set():
+                    raise Cancelled("the connection to the coordinator is closed")
+                self._channel = trust.channel(self.target, CHANNEL_OPTIONS)
+            return self._channel
 
     def wait_until_ready(self, timeout: float) -> bool:
         """Whether the channel connected within `timeout` seconds."""
         deadline = time.monotonic() + timeout
+        while True:
+            try:
+                channel = self._open()
+                break
+            except Unavailable:
+                if time.monotonic() > deadline or self._closed.wait(0.1):
+                    return False
         try:
-            grpc.channel_ready_future(self._channel).result(timeout=max(0.0, deadline - time.monotonic()))
+            grpc.channel_ready_future(channel).result(timeout=max(0.0, deadline - time.monotonic()))
         except grpc.FutureTimeoutError:
             return False
         return True
@@ -271,7 +349,9 @@ class Connection:
     def close(self) -> None:
         """Ends waiting retries and closes the channel."""
         self._closed.set()
-        self._channel.close()
+        with self._opening:
+            if self._channel is not None:
+                self._channel.close()
 
     def __enter__(self) -> Self:
         return self
@@ -280,8 +360,8 @@ class Connection:
         self.close()
 
 
-def host_of(target: str) -> str:
-    """The host part of `host:port`, brackets kept for IPv6. Raises InvalidArgument, naming what is expected."""
+def host_and_port(target: str) -> tuple[str, int]:
+    """`host:port` in parts, brackets kept for IPv6. Raises InvalidArgument, naming what is expected."""
     parts = urlsplit(f"//{target}")
     try:
         port = parts.port
@@ -291,9 +371,21 @@ def host_of(target: str) -> str:
         raise InvalidArgument(
             f"coordinator: {target!r} is not HOST:PORT, such as 192.0.2.7:50051 (without http://)", field="coordinator"
         )
-    return f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
+    return f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname, port
 
 
-def connect(target: str, *, credential: str | None = None, timeout: float = 30.0, attempts: int = 6) -> Connection:
-    """A Connection to the coordinator at `target`; no byte is sent until the first call."""
-    return Connection(target, credential=credential, timeout=timeout, policy=RetryPolicy(attempts=attempts))
+def connect(
+    target: str,
+    *,
+    token: str | None = None,
+    fingerprint: str = "",
+    security: Security | None = None,
+    timeout: float = 30.0,
+    attempts: int = 6,
+) -> Connection:
+    """A Connection to the coordinator at `target`; no byte is sent until the first call.
+
+    `security` is the environment's (`Security.from_environment`) where it is not given.
+    """
+    policy = RetryPolicy(attempts=attempts)
+    return Connection(target, token=token, fingerprint=fingerprint, security=security, timeout=timeout, policy=policy)

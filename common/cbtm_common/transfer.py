@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import os
 import random
+import ssl
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -37,7 +38,7 @@ from cbtm_common.errors import (
 )
 from cbtm_common.faults import point
 from cbtm_common.files import is_disk_full
-from cbtm_common.rpc import RetryPolicy
+from cbtm_common.rpc import Connection, RetryPolicy
 
 _CHUNK = 1 << 18
 _CONNECT_SECONDS = 15.0
@@ -55,14 +56,16 @@ class UrlExpired(Unavailable):
 class Transfer:
     """An HTTP client for signed requests; thread-safe; a context manager.
 
-    `base_url` is what path-only URLs are joined to: a string, or a function that gives it when needed. `timeout` is in
-    seconds without a byte; `parallel_parts` parts of one upload are sent at a time; `transport` is httpx's seam.
+    `base_url` is what path-only URLs are joined to: a string, or a function that gives it when needed; `base_tls` gives
+    what to trust there, if that is not what the system trusts. `timeout` is in seconds without a byte; `parallel_parts`
+    parts of one upload are sent at a time; `transport` is httpx's seam.
     """
 
     def __init__(
         self,
         *,
         base_url: str | Callable[[], str] = "",
+        base_tls: Callable[[], ssl.SSLContext] | None = None,
         timeout: float = 60.0,
         policy: RetryPolicy | None = None,
         parallel_parts: int = 3,
@@ -71,13 +74,26 @@ class Transfer:
         self._base_url = base_url
         self._policy = policy or RetryPolicy(attempts=8, initial=0.3, maximum=20.0)
         self._parallel_parts = parallel_parts
-        connect = min(timeout, _CONNECT_SECONDS)
+        self._timeout = timeout
+        self._transport = transport
+        self._base_tls = base_tls
+        self._opening = threading.Lock()
+        self._client = self._open(True)
+        self._base_client = self._client if base_tls is None else None
+
+    @classmethod
+    def beside(cls, connection: Connection) -> Self:
+        """Path-only URLs are those of this connection's coordinator."""
+        return cls(base_url=lambda: connection.http_base, base_tls=connection.http_context)
+
+    def _open(self, verify: ssl.SSLContext | bool) -> httpx.Client:
         # No limit on connections: whoever calls from many threads must not wait for a pool, and time out.
-        self._client = httpx.Client(
-            timeout=httpx.Timeout(timeout, connect=connect),
+        return httpx.Client(
+            timeout=httpx.Timeout(self._timeout, connect=min(self._timeout, _CONNECT_SECONDS)),
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=16),
             follow_redirects=False,
-            transport=transport,
+            transport=self._transport,
+            verify=verify,
         )
 
     def __enter__(self) -> Self:
@@ -88,6 +104,8 @@ class Transfer:
 
     def close(self) -> None:
         self._client.close()
+        if self._base_client is not None:
+            self._base_client.close()
 
     def download(
         self,
@@ -165,7 +183,8 @@ class Transfer:
         def attempt() -> None:
             body = _slice(source, start, size, on_bytes, stop)
             headers = {**request.headers, "content-length": str(size)}
-            _check(self._client.request("PUT", self._url(request, "PUT"), headers=headers, content=body))
+            client, url = self._at(request, "PUT")
+            _check(client.request("PUT", url, headers=headers, content=body))
 
         point("transfer.upload.before_put")
         self._retry(attempt, stop)
@@ -180,7 +199,8 @@ class Transfer:
         headers = {**request.headers, "accept-encoding": "identity"}
         if start:
             headers["range"] = f"bytes={start}-"
-        with self._client.stream("GET", self._url(request, "GET"), headers=headers) as response:
+        client, url = self._at(request, "GET")
+        with client.stream("GET", url, headers=headers) as response:
             if not response.is_success:
                 response.read()
             if response.status_code == 416:
@@ -200,18 +220,30 @@ class Transfer:
         if partial.size < file.size:
             raise Unavailable(f"{file.path}: the connection ended after {partial.size} of {file.size} bytes")
 
-    def _url(self, request: pb.SignedRequest, method: str) -> str:
-        """Raises InvalidArgument for a request that only somebody with other plans would sign."""
+    def _at(self, request: pb.SignedRequest, method: str) -> tuple[httpx.Client, str]:
+        """The client that trusts whom it should there, and the whole URL.
+
+        Raises InvalidArgument for a request that only somebody with other plans would sign.
+        """
         if request.method != method:
             raise InvalidArgument(
                 f"method: {request.method[:20]!r} where {method} is what moves a file", field="method"
             )
-        url = request.url
+        url, client = request.url, self._client
         if not urlsplit(url).scheme:
             url = urljoin(self._base_url if isinstance(self._base_url, str) else self._base_url(), url)
+            if url.startswith("https:"):
+                client = self._base()
         if urlsplit(url).scheme not in ("http", "https"):
             raise InvalidArgument(f"url: {url!r} is not an HTTP URL; is the coordinator's HTTP endpoint known?")
-        return url
+        return client, url
+
+    def _base(self) -> httpx.Client:
+        with self._opening:
+            if self._base_client is None:
+                assert self._base_tls is not None
+                self._base_client = self._open(self._base_tls())
+            return self._base_client
 
     def _retry(self, attempt: Callable[[], None], stop: _Stop, progress: Callable[[], int] = lambda: 0) -> None:
         """Runs `attempt` until it succeeds, fails for good, or used up the policy's attempts without progress."""

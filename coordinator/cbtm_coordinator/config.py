@@ -46,6 +46,13 @@ class CoordinatorConfig(BaseSettings):
     http_port: _Port = 8080
     # Host that volunteers are told to connect to; found by itself when empty.
     advertise_host: str = ""
+    # Plain text: for loopback, or said twice (2).
+    insecure: Annotated[int, Field(ge=0, le=2)] = 0
+    # Certificate chain and key in PEM, in the place of the ones that `init` makes; read again when they change.
+    tls_cert_file: Path | None = None
+    tls_key_file: Path | None = None
+    # Only clients with a certificate of these authorities may connect.
+    tls_client_ca_file: Path | None = None
     # Base of the HTTP endpoint's URLs when it stands behind a proxy, such as https://data.example.org.
     public_http_url: str = ""
     # postgresql://… ; empty for SQLite in the data folder.
@@ -59,6 +66,8 @@ class CoordinatorConfig(BaseSettings):
     s3_path_style: bool = True
     # Life of a signed URL, in seconds.
     url_ttl_seconds: _Seconds = 3600.0
+    # How long a worker may call before it has to show its key again.
+    credential_seconds: _Seconds = 900.0
     # Whether anybody may read runs, experts and the clustering model without a token.
     public_catalog: bool = True
     # Calls served at once.

@@ -13,6 +13,7 @@ from rich.console import Console
 from cbtm_common.signals import SignalFlag
 from cbtm_coordinator.config import ADDRESS_NAME, JOIN_TOKEN_NAME, CoordinatorConfig
 from cbtm_coordinator.server import Coordinator
+from cbtm_coordinator.setup import name_authority
 
 _ALL_INTERFACES = ("0.0.0.0", "::")  # noqa: S104  # compared
 
@@ -29,6 +30,7 @@ def run_until_signalled(config: CoordinatorConfig) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, on_signal)
     coordinator = Coordinator(config)
+    name_authority(config, coordinator.fingerprint)
     coordinator.start()
     address = config.data_dir / ADDRESS_NAME
     local_host = "127.0.0.1" if config.host in _ALL_INTERFACES else config.host
@@ -48,7 +50,8 @@ def _announce(config: CoordinatorConfig, coordinator: Coordinator) -> None:
     token_path = config.data_dir / JOIN_TOKEN_NAME
     token = token_path.read_text("utf-8").strip() if token_path.exists() else "TOKEN"
     console.print("Volunteers join with:")
-    console.print(f"  cbtm-worker join --coordinator {host}:{coordinator.port} --token {token}", markup=False)
+    plain = " --insecure" * config.insecure
+    console.print(f"  cbtm-worker join --coordinator {host}:{coordinator.port} --token {token}{plain}", markup=False)
     sys.stdout.flush()
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import socket
+import ssl
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -19,6 +20,7 @@ from grpc_reflection.v1alpha import reflection
 
 from cbtm_api.v1 import admin_service_pb2_grpc, catalog_service_pb2_grpc, worker_service_pb2_grpc
 from cbtm_common.errors import InvalidState, Unavailable
+from cbtm_common.security import check_insecure
 from cbtm_coordinator import migrations
 from cbtm_coordinator.config import RECEIPT_KEY_NAME, SIGNING_KEY_NAME, CoordinatorConfig
 from cbtm_coordinator.grpc_server import GrpcServer
@@ -34,6 +36,7 @@ from cbtm_coordinator.services.structure import Structures
 from cbtm_coordinator.services.worker import WorkerServicer
 from cbtm_coordinator.storage import LocalStore, StorageConfig, load_or_create_key, open_object_store
 from cbtm_coordinator.store import Store
+from cbtm_coordinator.tls import Certificates
 
 _log = logging.getLogger(__name__)
 _SERVICES = (WORKER_SERVICE, CATALOG_SERVICE, ADMIN_SERVICE, "grpc.health.v1.Health", reflection.SERVICE_NAME)
@@ -46,6 +49,9 @@ class Coordinator:
         self.config = config
         if not config.data_dir.is_dir():
             raise InvalidState(f"data_dir: there is no folder {config.data_dir}; run `cbtm-coord init` for it first")
+        check_insecure(config.host, config.insecure)
+        self._certificates = None if config.insecure else Certificates(config)
+        self.fingerprint = self._certificates.fingerprint if self._certificates else ""
         self.store = open_registry(config)
         key = load_or_create_key(config.data_dir / SIGNING_KEY_NAME)
         self.objects = open_object_store(
@@ -72,6 +78,8 @@ class Coordinator:
             url_ttl=config.url_ttl,
             quotas=config.quotas,
             version=version("cbtm"),
+            fingerprint=self.fingerprint,
+            credential_life=_seconds(config.credential_seconds),
         )
         self._verifier = Verifier(self.objects, part_size=context.part_size)
         self._structures = Structures(self.store, self.objects)
@@ -88,7 +96,7 @@ class Coordinator:
 
     def _build(self, context: ServiceContext) -> GrpcServer:
         told = 0 if self.config.public_http_url else self.http_port
-        authenticator = Authenticator(self.store, public_catalog=self.config.public_catalog)
+        authenticator = Authenticator(self.store, context.credentials, public_catalog=self.config.public_catalog)
         interceptor = ServerInterceptor(
             authenticator,
             limiter=Limiter(self.config.rates),
@@ -108,8 +116,11 @@ class Coordinator:
 
     def _bind(self) -> int:
         host, port = self.config.host, self.config.port
+        address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         try:
-            return int(self._grpc.add_insecure_port(f"[{host}]:{port}" if ":" in host else f"{host}:{port}"))
+            if self._certificates is None:
+                return int(self._grpc.add_insecure_port(address))
+            return int(self._grpc.add_secure_port(address, self._certificates.grpc_credentials()))
         except RuntimeError as error:
             raise Unavailable(
                 f"port: {host}:{port} cannot be bound; is another coordinator running? --port takes another"
@@ -138,10 +149,15 @@ class Coordinator:
             access_log=False,
             timeout_keep_alive=75,
             lifespan="off",
+            ssl_context_factory=None if self._certificates is None else self._tls,
         )
         self._http = uvicorn.Server(settings)
         self._http_thread = threading.Thread(target=self._http.run, args=([listener],), name="http", daemon=True)
         return int(listener.getsockname()[1])
+
+    def _tls(self, config: Any, default: Any) -> ssl.SSLContext:
+        assert self._certificates is not None
+        return self._certificates.http_context()
 
     def start(self) -> None:
         if self._http_thread is not None:

@@ -1,12 +1,10 @@
-"""Makes a coordinator's data folder: schema, signing key, admin token, first join token. Can be run again."""
+"""Makes a coordinator's data folder: schema, keys, certificates, admin token, first join token. Can be run again."""
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
 from cbtm_common.errors import InvalidArgument
 from cbtm_common.ids import hash_secret, new_id, new_secret
+from cbtm_common.security import join_token, split_token
 from cbtm_coordinator import migrations
 from cbtm_coordinator.config import (
     ADMIN_TOKEN_NAME,
@@ -15,8 +13,10 @@ from cbtm_coordinator.config import (
     SIGNING_KEY_NAME,
     CoordinatorConfig,
 )
+from cbtm_coordinator.private_files import write_private
 from cbtm_coordinator.storage import load_or_create_key
 from cbtm_coordinator.store import Store, identities
+from cbtm_coordinator.tls import Certificates
 
 
 def initialise(config: CoordinatorConfig) -> bool:
@@ -33,11 +33,12 @@ def initialise(config: CoordinatorConfig) -> bool:
     migrations.upgrade(store.engine)
     load_or_create_key(config.data_dir / SIGNING_KEY_NAME)
     load_or_create_key(config.data_dir / RECEIPT_KEY_NAME)
+    fingerprint = "" if config.insecure else Certificates(config).fingerprint
     made = False
     for name, role, account in ((ADMIN_TOKEN_NAME, "ADMIN", "owner"), (JOIN_TOKEN_NAME, "WORKER", "volunteers")):
         path = config.data_dir / name
         # A file whose secret the registry never knew: a crash came between the two, or the registry is a new one.
-        secret = path.read_text("utf-8").strip() if path.exists() else new_secret(role.lower())
+        secret = split_token(path.read_text("utf-8"))[0] if path.exists() else new_secret(role.lower())
         with store.writing() as tx:
             if identities.knows_secret(tx, hash_secret(secret)):
                 continue
@@ -51,16 +52,19 @@ def initialise(config: CoordinatorConfig) -> bool:
                 account=account,
             )
             # Inside the transaction: a token without its file would be of no use to anybody.
-            write_private(path, secret)
+            write_private(path, join_token(secret, fingerprint))
         made = True
     store.close()
     return made
 
 
-def write_private(path: Path, text: str) -> None:
-    """Writes a file that only its owner can read, whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(descriptor, "w") as file:
-        file.write(text)
-    os.replace(temporary, path)
+def name_authority(config: CoordinatorConfig, fingerprint: str) -> None:
+    """Lets the tokens in the data folder name the authority that is served with now, or none."""
+    for name in (ADMIN_TOKEN_NAME, JOIN_TOKEN_NAME):
+        path = config.data_dir / name
+        if not path.exists():
+            continue
+        found = path.read_text("utf-8").strip()
+        wanted = join_token(split_token(found)[0], fingerprint)
+        if found != wanted:
+            write_private(path, wanted)

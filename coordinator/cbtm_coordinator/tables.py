@@ -190,6 +190,8 @@ tokens = Table(
     # 0: without limit.
     _count("max_uses"),
     _count("uses"),
+    # The worker whose key it replaces; empty for one that lets in new workers.
+    Column("recovers_worker_id", String(64), nullable=False, server_default=text("''")),
     Column("revoked", Boolean, nullable=False, server_default=text("false")),
     Column("trusted", Boolean, nullable=False, server_default=text("false")),
     CheckConstraint("role IN ('WORKER', 'CONSUMER', 'ADMIN')", name="role"),
@@ -202,7 +204,10 @@ workers = Table(
     _id(),
     Column("name", String(200), nullable=False),
     Column("state", String(16), nullable=False),
-    Column("credential_hash", String(64), nullable=False, unique=True),
+    # Ed25519, in hexadecimal; none of a worker that registered before there were keys, until it is recovered.
+    Column("public_key", String(64), nullable=True, unique=True),
+    # The latest time that it signed, in microseconds since 1970: nothing signed is good twice.
+    _count("signed_time_us"),
     Column("account_id", String(64), ForeignKey("accounts.id"), nullable=False, index=True),
     Column("token_id", String(64), ForeignKey("tokens.id"), nullable=True),
     Column("hardware_json", Text, nullable=False),

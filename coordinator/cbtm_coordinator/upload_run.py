@@ -54,7 +54,7 @@ def upload_files(
     """
     paths = list(files)
     stop = threading.Event()
-    with Transfer(base_url=lambda: connection.http_base) as transfer, ThreadPoolExecutor(_THREADS) as pool:
+    with Transfer.beside(connection) as transfer, ThreadPoolExecutor(_THREADS) as pool:
         try:
             for start in range(0, len(paths), _BATCH_FILES):
                 batch = {path: files[path] for path in paths[start : start + _BATCH_FILES]}

@@ -93,7 +93,7 @@ def run_demo(out: Path, corpus: str, recipe: Path, model: Path, console: Console
             processes.start(f"worker-{number}", [*shlex.split(join), *extra, "--threads", "1"])
         target = (data / "coordinator.address").read_text("utf-8").strip()
         token = (data / "admin.token").read_text("utf-8").strip()
-        with connect(target, credential=token) as connection:
+        with connect(target, token=token) as connection:
             _watch(connection, processes, console)
         trained = time.monotonic() - started
 

@@ -151,7 +151,7 @@ class Site:
         serve = ("serve", "--data-dir", str(self.data), "--host", "127.0.0.1", "--port", str(port))
         child = self._spawn("cbtm-coord", f"coordinator-{index}", *serve, "--log-level", "info")
         if wait:
-            with connect(f"127.0.0.1:{port}", attempts=1) as probe:
+            with connect(f"127.0.0.1:{port}", token=self.token("join"), attempts=1) as probe:
                 assert probe.wait_until_ready(60), child.output
         return child
 
@@ -212,7 +212,7 @@ class Site:
     @property
     def connection(self) -> Connection:
         if self._connection is None:
-            self._connection = connect(self.target, credential=self.token("admin"), attempts=20)
+            self._connection = connect(self.target, token=self.token("admin"), attempts=20)
         return self._connection
 
     def set_paused(self, paused: bool) -> None:

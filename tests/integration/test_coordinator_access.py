@@ -19,10 +19,12 @@ from cbtm_api.v1 import resources_pb2 as pb
 from cbtm_api.v1 import worker_service_pb2 as ws
 from cbtm_common.errors import CbtmError, InvalidArgument, NotFound, PermissionDenied, Unauthenticated
 from cbtm_common.ids import hash_secret, new_request_id, new_secret
+from cbtm_common.keys import new_key
 from cbtm_common.protos import duration
 from cbtm_common.rpc import Connection, error_of
+from cbtm_common.security import split_token
 from tests.support.coordinator import RunningCoordinator, running_coordinator
-from tests.support.raw_run import RawWorker, make_run
+from tests.support.raw_run import RawWorker, make_run, register_request
 
 pytestmark = pytest.mark.integration
 
@@ -41,7 +43,8 @@ _MAY = {
     "none": set(),
     "wrong": set(),
     "join": _JOIN_MAY,
-    "worker": _OF_SERVICE["worker"] - {"/cbtm_api.v1.WorkerService/Register"},
+    "worker": _OF_SERVICE["worker"]
+    - {f"/cbtm_api.v1.WorkerService/{name}" for name in ("Register", "IssueCredential")},
     "consumer": _OF_SERVICE["catalog"],
     "admin": _OF_SERVICE["catalog"] | _OF_SERVICE["admin"],
 }
@@ -72,16 +75,16 @@ def secrets(coordinator: RunningCoordinator, admin: Connection, worker: RawWorke
         "none": None,
         "wrong": new_secret("admin"),
         "join": coordinator.token("join"),
-        "worker": worker.connection.credential,
+        "worker": worker.bearer,
         "consumer": _create_token(admin, pb.TOKEN_ROLE_CONSUMER).secret,
         "admin": coordinator.token("admin"),
     }
 
 
-def _call(target: str, method: str, authorization: str | None) -> CbtmError | None:
+def _call(coordinator: RunningCoordinator, method: str, authorization: str | None) -> CbtmError | None:
     """The error of an empty request to `method`, by a channel that knows nothing of our stubs."""
     metadata = (("authorization", authorization),) if authorization is not None else ()
-    with grpc.insecure_channel(target) as channel:
+    with coordinator.channel() as channel:
         try:
             channel.unary_unary(method, bytes, bytes)(b"", metadata=metadata, timeout=20)
         except grpc.RpcError as error:
@@ -97,10 +100,11 @@ def test_there_are_methods_to_walk() -> None:
 def test_no_method_is_open_to_whom_it_is_not_for(
     coordinator: RunningCoordinator, secrets: dict[str, str | None], who: str
 ) -> None:
-    secret = secrets[who]
+    shown = secrets[who]
+    secret = shown and (shown if who == "worker" else split_token(shown)[0])
     refusal = Unauthenticated if who in ("none", "wrong") else PermissionDenied
     for method in _METHODS:
-        error = _call(coordinator.target, method, None if secret is None else f"Bearer {secret}")
+        error = _call(coordinator, method, None if secret is None else f"Bearer {secret}")
         if method in _MAY[who]:
             assert not isinstance(error, Unauthenticated | PermissionDenied), f"{method}: {error}"
         else:
@@ -108,7 +112,7 @@ def test_no_method_is_open_to_whom_it_is_not_for(
 
 
 def test_health_and_reflection_are_open_to_everybody_and_tell_of_no_run(coordinator: RunningCoordinator) -> None:
-    with grpc.insecure_channel(coordinator.target) as channel:
+    with coordinator.channel() as channel:
         health = health_pb2_grpc.HealthStub(channel)
         for service in ("", "cbtm_api.v1.WorkerService"):
             answer = health.Check(health_pb2.HealthCheckRequest(service=service), timeout=20)
@@ -123,14 +127,14 @@ def test_health_and_reflection_are_open_to_everybody_and_tell_of_no_run(coordina
 
 @pytest.mark.parametrize("authorization", ["", "Bearer", "Bearer ", "Basic abc", "abc", "Bearer  "])
 def test_a_header_that_is_no_bearer_secret_is_refused(coordinator: RunningCoordinator, authorization: str) -> None:
-    error = _call(coordinator.target, "/cbtm_api.v1.AdminService/ListWorkers", authorization)
+    error = _call(coordinator, "/cbtm_api.v1.AdminService/ListWorkers", authorization)
     assert type(error) is Unauthenticated
 
 
 def test_the_hash_of_a_secret_is_not_the_secret(coordinator: RunningCoordinator) -> None:
     """Who reads the database can call nothing with what stands there."""
-    hashed = hash_secret(coordinator.token("admin"))
-    error = _call(coordinator.target, "/cbtm_api.v1.AdminService/ListWorkers", f"Bearer {hashed}")
+    hashed = hash_secret(split_token(coordinator.token("admin"))[0])
+    error = _call(coordinator, "/cbtm_api.v1.AdminService/ListWorkers", f"Bearer {hashed}")
     assert type(error) is Unauthenticated
 
 
@@ -140,7 +144,7 @@ def test_secrets_lie_on_disk_for_their_owner_alone_and_not_in_the_registry(coord
         assert mode & 0o077 == 0, f"{name} has mode {mode:o}"
     found = b"".join(path.read_bytes() for path in coordinator.data_dir.glob("registry.db*"))
     for name in ("admin", "join"):
-        assert coordinator.token(name).encode() not in found
+        assert split_token(coordinator.token(name))[0].encode() not in found
 
 
 def test_a_token_for_one_machine_lets_one_in(coordinator: RunningCoordinator, admin: Connection) -> None:
@@ -150,15 +154,11 @@ def test_a_token_for_one_machine_lets_one_in(coordinator: RunningCoordinator, ad
         RawWorker(coordinator, name="second", token=made.secret)
 
 
-def test_a_repeated_registration_is_one_worker_with_one_credential(
-    coordinator: RunningCoordinator, admin: Connection
-) -> None:
+def test_a_repeated_registration_is_one_worker(coordinator: RunningCoordinator, admin: Connection) -> None:
     made = _create_token(admin, pb.TOKEN_ROLE_WORKER, max_uses=1)
-    request = ws.RegisterRequest(request_id=new_request_id(), name="once")
+    request = register_request(new_key(), name="once")
     with coordinator.connect(made.secret) as connection:
-        first = connection.worker.Register(request)
-        assert connection.worker.Register(request) == first
-    assert first.credential
+        assert connection.worker.Register(request) == connection.worker.Register(request)
 
 
 def test_an_expired_token_is_good_for_nothing(coordinator: RunningCoordinator, admin: Connection) -> None:

@@ -14,6 +14,7 @@ from cbtm_api.v1 import catalog_service_pb2 as cs
 from cbtm_api.v1.catalog_service_pb2_grpc import CatalogServiceServicer, add_CatalogServiceServicer_to_server
 from cbtm_common.errors import DeadlineExceeded, ResourceExhausted
 from cbtm_common.rpc import CHANNEL_OPTIONS, MAX_MESSAGE_BYTES, Connection, RetryPolicy, connect
+from cbtm_common.security import Security
 from cbtm_coordinator.grpc_server import SERVER_OPTIONS
 from tests.support.coordinator import RunningCoordinator
 
@@ -30,7 +31,7 @@ def test_a_call_that_is_too_large_is_refused_by_its_length_and_not_read(coordina
     """By a caller that knows no limit, and no credential either: nobody's authority is asked for."""
     large = bytes(256 << 20)
     before = _resident_bytes(coordinator.process.pid)
-    with grpc.insecure_channel(coordinator.target, options=_UNLIMITED) as channel:
+    with coordinator.channel(_UNLIMITED) as channel:
         call = channel.unary_unary("/cbtm_api.v1.CatalogService/Route", bytes, bytes)
         with pytest.raises(grpc.RpcError) as caught:
             call(large, timeout=60)
@@ -70,12 +71,15 @@ def strange() -> Iterator[str]:
 
 
 def test_an_answer_that_is_too_large_is_refused_by_its_length(strange: str) -> None:
-    with connect(strange, attempts=1) as connection, pytest.raises(ResourceExhausted, match="larger than max"):
+    with (
+        connect(strange, security=Security(insecure=1), attempts=1) as connection,
+        pytest.raises(ResourceExhausted, match="larger than max"),
+    ):
         connection.catalog.Route(cs.RouteRequest())
 
 
 def test_every_call_has_a_deadline_also_when_its_caller_names_none(strange: str) -> None:
-    hasty = Connection(strange, timeout=0.2, policy=RetryPolicy(attempts=1))
+    hasty = Connection(strange, security=Security(insecure=1), timeout=0.2, policy=RetryPolicy(attempts=1))
     with hasty as connection, pytest.raises(DeadlineExceeded):
         connection.catalog.ListRuns(cs.ListRunsRequest())
 

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import grpc
 import httpx
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -102,7 +101,7 @@ def test_a_lease_whose_worker_vanished_goes_to_another_also_over_a_restart(
 
 
 def test_sigterm_drains_and_leaves_with_0(coordinator: RunningCoordinator) -> None:
-    with grpc.insecure_channel(coordinator.target) as channel:
+    with coordinator.channel() as channel:
         watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(service=""), timeout=60)
         assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
         coordinator.process.send_signal(signal.SIGTERM)
@@ -157,8 +156,8 @@ def test_it_says_where_it_is_and_how_to_join(coordinator: RunningCoordinator) ->
     with coordinator.connect(coordinator.token("admin")) as admin:
         admin.catalog.ListRuns(cs.ListRunsRequest())
         # Told with every answer, since signed URLs are paths only.
-        assert admin.http_base == f"http://127.0.0.1:{coordinator.http_port}"
-        assert httpx.get(f"{admin.http_base}/healthz").status_code == 200
+        assert admin.http_base == f"https://127.0.0.1:{coordinator.http_port}"
+        assert httpx.get(f"{admin.http_base}/healthz", verify=admin.http_context()).status_code == 200
 
 
 def test_a_port_in_use_is_one_clear_line(coordinator: RunningCoordinator) -> None:

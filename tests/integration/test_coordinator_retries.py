@@ -22,6 +22,7 @@ from cbtm_api.v1 import worker_service_pb2 as ws
 from cbtm_common.errors import CbtmError
 from cbtm_common.files import describe
 from cbtm_common.ids import new_request_id
+from cbtm_common.keys import new_key
 from cbtm_common.rpc import Connection
 from tests.support.coordinator import RunningCoordinator
 from tests.support.raw_run import (
@@ -33,6 +34,7 @@ from tests.support.raw_run import (
     create_run,
     make_run,
     new_clusters,
+    register_request,
 )
 
 pytestmark = pytest.mark.integration
@@ -94,7 +96,7 @@ Call = tuple[Callable[[Any], Any], Message]
 
 def _register(scene: Scene) -> Call:
     connection = scene.stack.enter_context(scene.coordinator.connect(scene.coordinator.token("join")))
-    return connection.worker.Register, ws.RegisterRequest(name="gpu", version="0.1.0")
+    return connection.worker.Register, register_request(new_key(), name="gpu", version="0.1.0")
 
 
 def _acquire(scene: Scene) -> Call:
@@ -207,6 +209,10 @@ def _revoke_worker(scene: Scene) -> Call:
     return scene.admin.RevokeWorker, ad.RevokeWorkerRequest(worker_id=scene.worker().id, reason="a test")
 
 
+def _recover_worker(scene: Scene) -> Call:
+    return scene.admin.RecoverWorker, ad.RecoverWorkerRequest(worker_id=scene.worker().id)
+
+
 def _create_token(scene: Scene) -> Call:
     return scene.admin.CreateToken, ad.CreateTokenRequest(role=pb.TOKEN_ROLE_WORKER, label="lab")
 
@@ -236,6 +242,7 @@ _SCENES: dict[str, Callable[[Scene], Call]] = {
     "DeleteRun": _delete,
     "RequeueTask": _requeue,
     "RevokeWorker": _revoke_worker,
+    "RecoverWorker": _recover_worker,
     "CreateToken": _create_token,
     "RevokeToken": _revoke_token,
 }

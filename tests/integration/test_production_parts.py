@@ -54,13 +54,14 @@ def test_two_coordinators_one_registry_one_bucket(
     # What coordinators of one registry share: the signing key.
     second.mkdir()
     shutil.copy(first / "signing.key", second / "signing.key")
+    shutil.copytree(first / "tls", second / "tls")
     targets = []
     for number, data in enumerate((first, second)):
         port = str(_free_port())
         serve = ("serve", "--data-dir", str(data), "--host", "127.0.0.1", "--port", port)
         child = spawn("cbtm-coord", f"serve-{number}", *serve)
         targets.append(f"127.0.0.1:{port}")
-        with connect(targets[-1], attempts=1) as probe:
+        with connect(targets[-1], token=(first / "join.token").read_text(), attempts=1) as probe:
             assert probe.wait_until_ready(30), child.output
 
     (tmp_path / "model.json").write_text(json.dumps(MODEL))

@@ -9,10 +9,14 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
+
+import grpc
 
 from cbtm_common.rpc import Connection, connect
+from cbtm_common.security import Security
 
 _PROGRAM = [sys.executable, "-c", "from cbtm_coordinator.cli import main; main()"]
 _LINE = re.compile(r"gRPC on 127\.0\.0\.1:(\d+), objects on 127\.0\.0\.1:(\d+)")
@@ -62,12 +66,21 @@ class RunningCoordinator:
         return self._log_path.read_text("utf-8")
 
     def token(self, name: str) -> str:
-        """The secret that `init` made: "admin" or "join"."""
+        """The one that `init` made: "admin" or "join"."""
         return (self.data_dir / f"{name}.token").read_text("utf-8").strip()
 
     def connect(self, credential: str | None = None, *, attempts: int = 20) -> Connection:
         """A connection that waits for a restart."""
-        return connect(self.target, credential=credential, attempts=attempts)
+        return connect(self.target, token=credential, security=self.security, attempts=attempts)
+
+    @property
+    def security(self) -> Security:
+        """How to know it without a token."""
+        return Security(ca_file=self.data_dir / "tls" / "ca.pem")
+
+    def channel(self, options: Sequence[tuple[str, Any]] = ()) -> grpc.Channel:
+        """A channel that knows nothing of our interceptors."""
+        return self.security.trust("127.0.0.1", self.port, "").channel(self.target, options)
 
     def coord(self, *arguments: str, env: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
         return coord(*arguments, data_dir=self.data_dir, env=env)

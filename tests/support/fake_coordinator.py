@@ -117,7 +117,8 @@ class FakeConnection:
     http_base = "http://fake:2"
 
     def __init__(self) -> None:
-        self.credential: str | None = None
+        self.credential: Any = None
+        self.fingerprint = ""
         self.answers: dict[str, deque[Any]] = defaultdict(deque)
         self.calls: list[tuple[str, Any]] = []
         self.worker = self
@@ -134,7 +135,7 @@ class FakeConnection:
 
     def Register(self, request: ws.RegisterRequest) -> Any:
         number = len(self.requests("Register")) + 1
-        made = ws.RegisterResponse(worker=pb.Worker(id=f"worker_{number}"), credential=f"credential {number}")
+        made = ws.RegisterResponse(worker=pb.Worker(id=f"worker_{number}"))
         return self._answer("Register", request, made)
 
     def AcquireLease(self, request: ws.AcquireLeaseRequest) -> Any:

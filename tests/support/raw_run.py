@@ -18,14 +18,17 @@ from cbtm_api.v1 import resources_pb2 as pb
 from cbtm_api.v1 import worker_service_pb2 as ws
 from cbtm_common.files import FileSpec, describe, hash_file
 from cbtm_common.ids import cluster_id, new_request_id
+from cbtm_common.keys import new_key, public_key_of, registration_text, sign
 from cbtm_common.protos import JsonValue, struct
 from cbtm_common.recipe import LeaseRecipe, Recipe
 from cbtm_common.routing import CentroidRouter
 from cbtm_common.routing.embedding import TermEmbedding
-from cbtm_common.rpc import Connection
+from cbtm_common.rpc import Connection, Credential
 from cbtm_common.run_routing import RunRouting, clustering_digest
 from cbtm_common.shards import write_shard
 from cbtm_common.transfer import Transfer
+from cbtm_worker.identity import Identity
+from cbtm_worker.session import Session
 from tests.support.checkpoints import base_tensors, moments, stamp, write_model
 from tests.support.coordinator import RunningCoordinator
 
@@ -52,7 +55,7 @@ def make_run(
     """A run in TRAINING with one training and one held-out shard for each cluster; without `start`, still a DRAFT."""
     run = create_run(admin, name=name, clusters=clusters, recipe=recipe)
     work = folder / name
-    with Transfer(base_url=lambda: admin.http_base) as transfer:
+    with Transfer.beside(admin) as transfer:
         for kind, made in _run_files(run, work, clusters).items():
             _send(admin, transfer, run, kind, made)
     new = new_clusters(admin, run, work / "shards", clusters)
@@ -83,7 +86,7 @@ def calibrated(admin: Connection, run: pb.Run, **fields: Any) -> RunRouting:
 def new_clusters(admin: Connection, run: pb.Run, folder: Path, clusters: int = 1) -> list[ad.NewCluster]:
     """Clusters to register in a DRAFT, their shards sent."""
     new = _clusters(folder, clusters)
-    with Transfer(base_url=lambda: admin.http_base) as transfer:
+    with Transfer.beside(admin) as transfer:
         _send(admin, transfer, run, ad.RUN_FILE_KIND_SHARD, folder)
     return new
 
@@ -147,20 +150,34 @@ def checkpoint_folder(folder: Path, *, salt: int = 0, final: bool = False) -> Pa
     return folder
 
 
+def register_request(key: bytes, *, request_id: str = "", **fields: Any) -> ws.RegisterRequest:
+    """A registration of `key`, with its proof."""
+    request_id = request_id or new_request_id()
+    public_key = public_key_of(key)
+    proof = sign(key, registration_text(request_id, public_key))
+    return ws.RegisterRequest(request_id=request_id, public_key=public_key, proof=proof, **fields)
+
+
 class RawWorker:
     """A registered worker that makes each call by hand."""
 
     def __init__(self, coordinator: RunningCoordinator, *, name: str = "gpu", token: str | None = None) -> None:
         self.connection = coordinator.connect(token or coordinator.token("join"))
         hardware = pb.Hardware(device_type="cpu", cpu_count=1)
-        register = ws.RegisterRequest(request_id=new_request_id(), name=name, hardware=hardware, version="0.1.0")
-        registered = self.connection.worker.Register(register)
-        self.id = registered.worker.id
-        self.connection.credential = registered.credential
+        self.key = new_key()
+        register = register_request(self.key, name=name, hardware=hardware, version="0.1.0")
+        self.id = self.connection.worker.Register(register).worker.id
+        Session(self.connection).use(Identity(worker_id=self.id, private_key=self.key.hex()))
         self.calls = self.connection.worker
-        self.transfer = Transfer(base_url=lambda: self.connection.http_base)
+        self.transfer = Transfer.beside(self.connection)
         # By task id, of all leases that it got.
         self.specs: dict[str, ws.TaskSpec] = {}
+
+    @property
+    def bearer(self) -> str:
+        """What it shows now."""
+        assert isinstance(self.connection.credential, Credential)
+        return self.connection.credential.bearer()
 
     def acquire(self, request_id: str = "", *, run: str = "") -> ws.AcquireLeaseResponse:
         answer = self.calls.AcquireLease(ws.AcquireLeaseRequest(request_id=request_id or new_request_id(), run=run))

@@ -85,7 +85,8 @@ class Registry:
                 worker_id=worker_id,
                 account_id=accounts.named(tx, self.clock(), account),
                 name=name,
-                credential_hash=hashlib.sha256(worker_id.encode()).hexdigest(),
+                # Of 32 bytes, as a key is; nobody has the private one.
+                public_key=hashlib.sha256(worker_id.encode()).hexdigest(),
                 token_id=None,
                 hardware_json="{}",
                 version="0.1.0",

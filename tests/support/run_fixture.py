@@ -188,7 +188,7 @@ class Site:
         if not wait:
             return self._coordinator
         address = self.target
-        with connect(address, attempts=1) as probe:
+        with connect(address, token=self.join_token, attempts=1) as probe:
             if not probe.wait_until_ready(30):
                 raise AssertionError(f"the coordinator does not answer:\n{self.coordinator.output}")
         return self._coordinator
@@ -250,7 +250,7 @@ class Site:
     def connection(self) -> Connection:
         """To the coordinator, as its owner; it outlives the coordinator's restarts."""
         if self._connection is None:
-            self._connection = connect(self.target, credential=self.admin_token)
+            self._connection = connect(self.target, token=self.admin_token)
         return self._connection
 
     # What is seen from outside

@@ -24,6 +24,7 @@ from cbtm_api.v1.worker_service_pb2_grpc import WorkerServiceServicer, add_Worke
 from cbtm_common.errors import CbtmError
 from cbtm_common.protos import duration
 from cbtm_common.rpc import Connection, RetryPolicy, status_of
+from cbtm_common.security import Security
 from cbtm_common.transfer import Transfer
 
 # In tests nobody waits: one attempt, and the caller's own retries.
@@ -70,7 +71,7 @@ class ScriptedCoordinator:
         self._pool.shutdown()
 
     def connect(self) -> Connection:
-        return Connection(self.target, timeout=5.0, policy=ONE_ATTEMPT)
+        return Connection(self.target, security=Security(insecure=1), timeout=5.0, policy=ONE_ATTEMPT)
 
     def transfer(self) -> Transfer:
         return Transfer(
@@ -107,7 +108,11 @@ class ScriptedCoordinator:
     def _Register(self, request: ws.RegisterRequest) -> ws.RegisterResponse:
         number = len(self.requests("Register"))
         worker = pb.Worker(id=f"worker_{number}", name=request.name)
-        return ws.RegisterResponse(worker=worker, credential=f"credential_{number}")
+        return ws.RegisterResponse(worker=worker)
+
+    def _IssueCredential(self, request: ws.IssueCredentialRequest) -> ws.IssueCredentialResponse:
+        number = len(self.requests("IssueCredential"))
+        return ws.IssueCredentialResponse(credential=f"credential_{number}", life=duration(900))
 
     def _AcquireLease(self, request: ws.AcquireLeaseRequest) -> ws.AcquireLeaseResponse:
         if self.leases:

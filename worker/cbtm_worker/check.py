@@ -18,10 +18,12 @@ from cbtm_common.cli import human_bytes
 from cbtm_common.errors import CbtmError, Unauthenticated
 from cbtm_common.protos import from_timestamp
 from cbtm_common.rpc import Connection, connect
+from cbtm_common.security import split_token
 from cbtm_common.transfer import Transfer
 from cbtm_worker.config import WorkerConfig
 from cbtm_worker.hardware import choose_devices, describe
-from cbtm_worker.identity import take_slot
+from cbtm_worker.identity import Identity, take_slot
+from cbtm_worker.session import Session
 
 _PROBE_BYTES = 4 * 1024 * 1024
 _CONNECT_SECONDS = 10.0
@@ -51,17 +53,22 @@ def check(config: WorkerConfig, tell: Callable[[Finding], None]) -> bool:
         findings.append(finding)
         tell(finding)
 
-    with connect(config.coordinator, attempts=1) as connection:
+    slot = take_slot(config.cache_dir, config.coordinator)
+    identity = slot.load()
+    slot.release()
+    fingerprint = identity.fingerprint if identity else ""
+    with connect(config.coordinator, token=config.token, fingerprint=fingerprint, attempts=1) as connection:
         if not connection.wait_until_ready(_CONNECT_SECONDS):
             found(
                 "reachability",
                 False,
                 f"nothing answers at {config.coordinator} within {_CONNECT_SECONDS:.0f} s",
-                "ask the owner for the address; see that outbound connections to this port are allowed",
+                "ask the owner for the address, and for a token that carries the coordinator's fingerprint; see that "
+                "outbound connections to this port are allowed",
             )
             return False
         found("reachability", True, f"{config.coordinator} answers")
-        probe = _token(config, connection, found)
+        probe = _token(config, identity, connection, found)
         if probe is not None:
             _coordinator(probe, found)
             _machine(config, probe, found)
@@ -69,20 +76,23 @@ def check(config: WorkerConfig, tell: Callable[[Finding], None]) -> bool:
     return all(f.ok is not False for f in findings)
 
 
-def _token(config: WorkerConfig, connection: Connection, found: Callable[..., None]) -> ws.ProbeResponse | None:
+def _token(
+    config: WorkerConfig, identity: Identity | None, connection: Connection, found: Callable[..., None]
+) -> ws.ProbeResponse | None:
     """Asks for a probe as the worker that joined from here before, or with the join token."""
-    slot = take_slot(config.cache_dir, config.coordinator)
-    identity = slot.load()
-    slot.release()
-    credentials: list[tuple[str, str | None]] = [("the join token is good", config.token)]
+    token = split_token(config.token)[0] if config.token else None
+    callers: list[tuple[str, str | Identity | None]] = [("the join token is good", token)]
     if identity is not None:
-        credentials.insert(0, (f"joined before as {identity.worker_id}", identity.credential))
+        callers.insert(0, (f"joined before as {identity.worker_id}", identity))
     request = ws.ProbeRequest(transfer_bytes=_PROBE_BYTES, sha256=hashlib.sha256(_probe_bytes()).hexdigest())
     refused = "no token was given"
-    for who, credential in credentials:
-        if credential is None:
+    for who, caller in callers:
+        if caller is None:
             continue
-        connection.credential = credential
+        if isinstance(caller, Identity):
+            Session(connection).use(caller)
+        else:
+            connection.credential = caller
         started = time.monotonic()
         try:
             answer = connection.worker.Probe(request)
@@ -145,7 +155,7 @@ def _machine(config: WorkerConfig, probe: ws.ProbeResponse, found: Callable[...,
 
 
 def _link(connection: Connection, probe: ws.ProbeResponse, found: Callable[..., None]) -> None:
-    with tempfile.TemporaryDirectory() as scratch, Transfer(base_url=connection.http_base) as transfer:
+    with tempfile.TemporaryDirectory() as scratch, Transfer.beside(connection) as transfer:
         source, target = Path(scratch) / "up", Path(scratch) / "down"
         source.write_bytes(_probe_bytes())
         try:

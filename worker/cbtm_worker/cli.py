@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cbtm_common.cli import run_app
+from cbtm_common.cli_connection import add_connection_options
 
 if TYPE_CHECKING:
     from cbtm_worker.config import WorkerConfig
@@ -153,10 +154,10 @@ def receipt(
 def _config(coordinator: str, token: str | None, device: str | None, cache_dir: Path | None, name: str) -> WorkerConfig:
     import socket
 
-    from cbtm_common.rpc import host_of
+    from cbtm_common.rpc import host_and_port
     from cbtm_worker import config as settings
 
-    host_of(coordinator)
+    host_and_port(coordinator)
     return settings.WorkerConfig(
         coordinator=coordinator,
         token=token,
@@ -164,6 +165,9 @@ def _config(coordinator: str, token: str | None, device: str | None, cache_dir: 
         device=device,
         name=name or socket.gethostname(),
     )
+
+
+add_connection_options(app)
 
 
 def main() -> None:

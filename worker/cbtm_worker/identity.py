@@ -1,4 +1,4 @@
-"""Who this worker is to a coordinator: an id and a credential, kept in the cache folder, readable by its owner alone.
+"""Who this worker is to a coordinator: an id and a key, kept in the cache folder, readable by its owner alone.
 
 One process uses one identity at a time, guarded by a file lock; a second process on the same machine takes the next
 free slot, so that the same join line can be started once for each GPU.
@@ -24,7 +24,10 @@ _MAX_SLOTS = 64
 @dataclass(frozen=True, kw_only=True)
 class Identity:
     worker_id: str
-    credential: str
+    # Ed25519, in hexadecimal. It never leaves this machine.
+    private_key: str
+    # Of the authority of the coordinator that it is known to; empty where that is checked by name.
+    fingerprint: str = ""
 
 
 class Slot:

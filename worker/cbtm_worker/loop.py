@@ -59,10 +59,13 @@ def join(config: WorkerConfig, stop: threading.Event, display: Display) -> int:
     config.cache_dir.mkdir(parents=True, exist_ok=True)
     slot = take_slot(config.cache_dir, config.coordinator)
     cache = ContentCache(config.cache_dir / "files", max_bytes=config.max_cache_bytes)
+    known = slot.load()
     try:
         with (
-            connect(config.coordinator) as connection,
-            Transfer(base_url=lambda: connection.http_base) as transfer,
+            connect(
+                config.coordinator, token=config.token, fingerprint=known.fingerprint if known else ""
+            ) as connection,
+            Transfer.beside(connection) as transfer,
         ):
             return Worker(config, stop, display, slot, connection, transfer, cache, devices).run()
     finally:

@@ -12,12 +12,16 @@ from cbtm_common.errors import RETRYABLE, Unauthenticated, Unavailable
 from cbtm_common.faults import point
 from cbtm_common.files import FileSpec, check_name
 from cbtm_common.ids import new_request_id
+from cbtm_common.keys import new_key, public_key_of, registration_text, sign
 from cbtm_common.protos import JsonValue, struct
 from cbtm_common.rpc import Connection
+from cbtm_common.security import split_token
+from cbtm_worker.credential import WorkerCredential
 from cbtm_worker.identity import Identity, Slot
 
 # A check of a large checkpoint takes the coordinator seconds before it answers "ask again".
 _COMMIT_TIMEOUT = 60.0
+_CREDENTIAL_TIMEOUT = 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +37,8 @@ class Session:
 
     def __init__(self, connection: Connection) -> None:
         self.connection = connection
+        # (request_id, private key) of a registration whose answer may have been lost.
+        self._joining = ("", b"")
 
     def sign_in(
         self, slot: Slot, *, token: str | None, name: str, hardware: pb.Hardware, request_id: str = ""
@@ -47,9 +53,19 @@ class Session:
         if identity is None:
             if not token:
                 raise Unauthenticated("token: pass --token (or CBTM_TOKEN) to join for the first time")
-            self.connection.credential = token
+            self.connection.credential = split_token(token)[0]
+            request_id = request_id or new_request_id()
+            if self._joining[0] != request_id:
+                self._joining = request_id, new_key()
+            key = self._joining[1]
+            public_key = public_key_of(key)
             request = ws.RegisterRequest(
-                request_id=request_id or new_request_id(), name=name, hardware=hardware, version=version("cbtm")
+                request_id=request_id,
+                name=name,
+                hardware=hardware,
+                version=version("cbtm"),
+                public_key=public_key,
+                proof=sign(key, registration_text(request_id, public_key)),
             )
             point("worker.register.before")
             try:
@@ -57,11 +73,22 @@ class Session:
             except RETRYABLE as error:
                 check = f"`cbtm-worker check --coordinator {self.connection.target}` tells more"
                 raise Unavailable(f"{error.message}; {check}") from error
-            identity = Identity(worker_id=answer.worker.id, credential=answer.credential)
+            identity = Identity(
+                worker_id=answer.worker.id, private_key=key.hex(), fingerprint=self.connection.fingerprint
+            )
             slot.save(identity)
             point("worker.identity.after_write")
-        self.connection.credential = identity.credential
+        self.use(identity)
         return identity
+
+    def use(self, identity: Identity) -> None:
+        """Calls as this worker from now on."""
+        self.connection.credential = WorkerCredential(identity, self._issue)
+
+    def _issue(self, authorization: str) -> ws.IssueCredentialResponse:
+        return self.connection.worker.IssueCredential(
+            ws.IssueCredentialRequest(), metadata=(("authorization", authorization),), timeout=_CREDENTIAL_TIMEOUT
+        )
 
     def acquire(
         self, hardware: pb.Hardware, run: str, request_id: str = "", kinds: Sequence[pb.TaskKind.ValueType] = ()

@@ -104,6 +104,11 @@ class AdminServiceStub:
                 request_serializer=cbtm__api_dot_v1_dot_admin__service__pb2.RevokeWorkerRequest.SerializeToString,
                 response_deserializer=cbtm__api_dot_v1_dot_admin__service__pb2.RevokeWorkerResponse.FromString,
                 _registered_method=True)
+        self.RecoverWorker = channel.unary_unary(
+                '/cbtm_api.v1.AdminService/RecoverWorker',
+                request_serializer=cbtm__api_dot_v1_dot_admin__service__pb2.RecoverWorkerRequest.SerializeToString,
+                response_deserializer=cbtm__api_dot_v1_dot_admin__service__pb2.RecoverWorkerResponse.FromString,
+                _registered_method=True)
         self.CreateToken = channel.unary_unary(
                 '/cbtm_api.v1.AdminService/CreateToken',
                 request_serializer=cbtm__api_dot_v1_dot_admin__service__pb2.CreateTokenRequest.SerializeToString,
@@ -232,6 +237,13 @@ class AdminServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def RecoverWorker(self, request, context):
+        """A token with which a machine that lost its key, or whose key was stolen, becomes the same worker again.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def CreateToken(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -342,6 +354,11 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     servicer.RevokeWorker,
                     request_deserializer=cbtm__api_dot_v1_dot_admin__service__pb2.RevokeWorkerRequest.FromString,
                     response_serializer=cbtm__api_dot_v1_dot_admin__service__pb2.RevokeWorkerResponse.SerializeToString,
+            ),
+            'RecoverWorker': grpc.unary_unary_rpc_method_handler(
+                    servicer.RecoverWorker,
+                    request_deserializer=cbtm__api_dot_v1_dot_admin__service__pb2.RecoverWorkerRequest.FromString,
+                    response_serializer=cbtm__api_dot_v1_dot_admin__service__pb2.RecoverWorkerResponse.SerializeToString,
             ),
             'CreateToken': grpc.unary_unary_rpc_method_handler(
                     servicer.CreateToken,
@@ -752,6 +769,33 @@ class AdminService:
             '/cbtm_api.v1.AdminService/RevokeWorker',
             cbtm__api_dot_v1_dot_admin__service__pb2.RevokeWorkerRequest.SerializeToString,
             cbtm__api_dot_v1_dot_admin__service__pb2.RevokeWorkerResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RecoverWorker(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cbtm_api.v1.AdminService/RecoverWorker',
+            cbtm__api_dot_v1_dot_admin__service__pb2.RecoverWorkerRequest.SerializeToString,
+            cbtm__api_dot_v1_dot_admin__service__pb2.RecoverWorkerResponse.FromString,
             options,
             channel_credentials,
             insecure,

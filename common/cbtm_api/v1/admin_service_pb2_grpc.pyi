@@ -54,6 +54,8 @@ class AdminServiceStub:
     """Puts a cluster's task (or the seed's) back to PENDING with fresh attempts, from its last good checkpoint."""
     ListWorkers: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.ListWorkersRequest, _admin_service_pb2.ListWorkersResponse]
     RevokeWorker: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.RevokeWorkerRequest, _admin_service_pb2.RevokeWorkerResponse]
+    RecoverWorker: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.RecoverWorkerRequest, _admin_service_pb2.RecoverWorkerResponse]
+    """A token with which a machine that lost its key, or whose key was stolen, becomes the same worker again."""
     CreateToken: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.CreateTokenRequest, _admin_service_pb2.CreateTokenResponse]
     ListTokens: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.ListTokensRequest, _admin_service_pb2.ListTokensResponse]
     RevokeToken: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.RevokeTokenRequest, _admin_service_pb2.RevokeTokenResponse]
@@ -89,6 +91,8 @@ class AdminServiceAsyncStub(AdminServiceStub):
     """Puts a cluster's task (or the seed's) back to PENDING with fresh attempts, from its last good checkpoint."""
     ListWorkers: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.ListWorkersRequest, _admin_service_pb2.ListWorkersResponse]  # type: ignore[assignment]
     RevokeWorker: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.RevokeWorkerRequest, _admin_service_pb2.RevokeWorkerResponse]  # type: ignore[assignment]
+    RecoverWorker: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.RecoverWorkerRequest, _admin_service_pb2.RecoverWorkerResponse]  # type: ignore[assignment]
+    """A token with which a machine that lost its key, or whose key was stolen, becomes the same worker again."""
     CreateToken: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.CreateTokenRequest, _admin_service_pb2.CreateTokenResponse]  # type: ignore[assignment]
     ListTokens: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.ListTokensRequest, _admin_service_pb2.ListTokensResponse]  # type: ignore[assignment]
     RevokeToken: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.RevokeTokenRequest, _admin_service_pb2.RevokeTokenResponse]  # type: ignore[assignment]
@@ -205,6 +209,14 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _admin_service_pb2.RevokeWorkerRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_admin_service_pb2.RevokeWorkerResponse, _abc.Awaitable[_admin_service_pb2.RevokeWorkerResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def RecoverWorker(
+        self,
+        request: _admin_service_pb2.RecoverWorkerRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_service_pb2.RecoverWorkerResponse, _abc.Awaitable[_admin_service_pb2.RecoverWorkerResponse]]:
+        """A token with which a machine that lost its key, or whose key was stolen, becomes the same worker again."""
 
     @_abc_1.abstractmethod
     def CreateToken(

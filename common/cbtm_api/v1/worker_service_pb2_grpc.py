@@ -41,6 +41,11 @@ class WorkerServiceStub:
                 request_serializer=cbtm__api_dot_v1_dot_worker__service__pb2.RegisterRequest.SerializeToString,
                 response_deserializer=cbtm__api_dot_v1_dot_worker__service__pb2.RegisterResponse.FromString,
                 _registered_method=True)
+        self.IssueCredential = channel.unary_unary(
+                '/cbtm_api.v1.WorkerService/IssueCredential',
+                request_serializer=cbtm__api_dot_v1_dot_worker__service__pb2.IssueCredentialRequest.SerializeToString,
+                response_deserializer=cbtm__api_dot_v1_dot_worker__service__pb2.IssueCredentialResponse.FromString,
+                _registered_method=True)
         self.AcquireLease = channel.unary_unary(
                 '/cbtm_api.v1.WorkerService/AcquireLease',
                 request_serializer=cbtm__api_dot_v1_dot_worker__service__pb2.AcquireLeaseRequest.SerializeToString,
@@ -99,7 +104,16 @@ class WorkerServiceServicer:
     """
 
     def Register(self, request, context):
-        """Trades a join token for a worker credential. Needs a token of role WORKER.
+        """Trades a join token for a worker, known by its key from now on. Needs a token of role WORKER.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def IssueCredential(self, request, context):
+        """A short-lived credential for all other calls. "authorization" is "Signature <worker id>.<time>.<signature>", the time
+        in microseconds since 1970 and later than the last one, the signature (base64url) by the worker's Ed25519 key of
+        "cbtm-credential-1\n<worker id>\n<time>".
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -183,6 +197,11 @@ def add_WorkerServiceServicer_to_server(servicer, server):
                     request_deserializer=cbtm__api_dot_v1_dot_worker__service__pb2.RegisterRequest.FromString,
                     response_serializer=cbtm__api_dot_v1_dot_worker__service__pb2.RegisterResponse.SerializeToString,
             ),
+            'IssueCredential': grpc.unary_unary_rpc_method_handler(
+                    servicer.IssueCredential,
+                    request_deserializer=cbtm__api_dot_v1_dot_worker__service__pb2.IssueCredentialRequest.FromString,
+                    response_serializer=cbtm__api_dot_v1_dot_worker__service__pb2.IssueCredentialResponse.SerializeToString,
+            ),
             'AcquireLease': grpc.unary_unary_rpc_method_handler(
                     servicer.AcquireLease,
                     request_deserializer=cbtm__api_dot_v1_dot_worker__service__pb2.AcquireLeaseRequest.FromString,
@@ -263,6 +282,33 @@ class WorkerService:
             '/cbtm_api.v1.WorkerService/Register',
             cbtm__api_dot_v1_dot_worker__service__pb2.RegisterRequest.SerializeToString,
             cbtm__api_dot_v1_dot_worker__service__pb2.RegisterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def IssueCredential(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cbtm_api.v1.WorkerService/IssueCredential',
+            cbtm__api_dot_v1_dot_worker__service__pb2.IssueCredentialRequest.SerializeToString,
+            cbtm__api_dot_v1_dot_worker__service__pb2.IssueCredentialResponse.FromString,
             options,
             channel_credentials,
             insecure,

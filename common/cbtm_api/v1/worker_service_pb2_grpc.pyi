@@ -36,7 +36,12 @@ class WorkerServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> WorkerServiceAsyncStub: ...
     Register: _grpc.UnaryUnaryMultiCallable[_worker_service_pb2.RegisterRequest, _worker_service_pb2.RegisterResponse]
-    """Trades a join token for a worker credential. Needs a token of role WORKER."""
+    """Trades a join token for a worker, known by its key from now on. Needs a token of role WORKER."""
+    IssueCredential: _grpc.UnaryUnaryMultiCallable[_worker_service_pb2.IssueCredentialRequest, _worker_service_pb2.IssueCredentialResponse]
+    """A short-lived credential for all other calls. "authorization" is "Signature <worker id>.<time>.<signature>", the time
+    in microseconds since 1970 and later than the last one, the signature (base64url) by the worker's Ed25519 key of
+    "cbtm-credential-1\\n<worker id>\\n<time>".
+    """
     AcquireLease: _grpc.UnaryUnaryMultiCallable[_worker_service_pb2.AcquireLeaseRequest, _worker_service_pb2.AcquireLeaseResponse]
     """Leases the next task, or says when to ask again."""
     RenewLease: _grpc.UnaryUnaryMultiCallable[_worker_service_pb2.RenewLeaseRequest, _worker_service_pb2.RenewLeaseResponse]
@@ -66,7 +71,12 @@ class WorkerServiceAsyncStub(WorkerServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Register: _aio.UnaryUnaryMultiCallable[_worker_service_pb2.RegisterRequest, _worker_service_pb2.RegisterResponse]  # type: ignore[assignment]
-    """Trades a join token for a worker credential. Needs a token of role WORKER."""
+    """Trades a join token for a worker, known by its key from now on. Needs a token of role WORKER."""
+    IssueCredential: _aio.UnaryUnaryMultiCallable[_worker_service_pb2.IssueCredentialRequest, _worker_service_pb2.IssueCredentialResponse]  # type: ignore[assignment]
+    """A short-lived credential for all other calls. "authorization" is "Signature <worker id>.<time>.<signature>", the time
+    in microseconds since 1970 and later than the last one, the signature (base64url) by the worker's Ed25519 key of
+    "cbtm-credential-1\\n<worker id>\\n<time>".
+    """
     AcquireLease: _aio.UnaryUnaryMultiCallable[_worker_service_pb2.AcquireLeaseRequest, _worker_service_pb2.AcquireLeaseResponse]  # type: ignore[assignment]
     """Leases the next task, or says when to ask again."""
     RenewLease: _aio.UnaryUnaryMultiCallable[_worker_service_pb2.RenewLeaseRequest, _worker_service_pb2.RenewLeaseResponse]  # type: ignore[assignment]
@@ -99,7 +109,18 @@ class WorkerServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _worker_service_pb2.RegisterRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_worker_service_pb2.RegisterResponse, _abc.Awaitable[_worker_service_pb2.RegisterResponse]]:
-        """Trades a join token for a worker credential. Needs a token of role WORKER."""
+        """Trades a join token for a worker, known by its key from now on. Needs a token of role WORKER."""
+
+    @_abc_1.abstractmethod
+    def IssueCredential(
+        self,
+        request: _worker_service_pb2.IssueCredentialRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_worker_service_pb2.IssueCredentialResponse, _abc.Awaitable[_worker_service_pb2.IssueCredentialResponse]]:
+        """A short-lived credential for all other calls. "authorization" is "Signature <worker id>.<time>.<signature>", the time
+        in microseconds since 1970 and later than the last one, the signature (base64url) by the worker's Ed25519 key of
+        "cbtm-credential-1\\n<worker id>\\n<time>".
+        """
 
     @_abc_1.abstractmethod
     def AcquireLease(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from cbtm_common.cli_connection import add_connection_options
 from cbtm_coordinator.cli import cluster, credit, database, events, plan, run, serve, status, token, worker
 
 app = typer.Typer(
@@ -25,3 +26,4 @@ app.add_typer(worker.app, name="worker", help="List and revoke workers.")
 app.add_typer(token.app, name="token", help="Make, list, revoke tokens.")
 app.add_typer(credit.app, name="receipt", help="Sign and verify what volunteers have trained.")
 app.add_typer(database.app, name="db", help="Upgrade and check the registry's schema.")
+add_connection_options(app)

@@ -49,7 +49,7 @@ def open_connection(coordinator: str | None, token: str | None, data_dir: Path |
         raise InvalidArgument(
             f"token: no admin token in {folder}; pass --token, or --data-dir of the coordinator", field="token"
         )
-    return connect(target, credential=secret, attempts=3)
+    return connect(target, token=secret, attempts=3)
 
 
 def _read(path: Path) -> str:

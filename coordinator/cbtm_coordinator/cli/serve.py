@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -17,7 +18,7 @@ DatabaseUrl = Annotated[
 
 
 def init(data_dir: DataDir = None, database_url: DatabaseUrl = None) -> None:
-    """Make a data folder: registry, object store, signing key, an admin token and a first join token.
+    """Make a data folder: registry, object store, keys, certificates, an admin and a join token.
 
     Does nothing to a folder that is ready, so it can be run again.
     """
@@ -45,14 +46,21 @@ def serve(
     object_store: Annotated[str | None, typer.Option(help="local, or s3://BUCKET/PREFIX (default: local).")] = None,
     s3_endpoint_url: Annotated[str | None, typer.Option(help="Endpoint of the S3-compatible store.")] = None,
     s3_public_endpoint_url: Annotated[str | None, typer.Option(help="The same, as workers reach it.")] = None,
+    insecure: Annotated[
+        int, typer.Option("--insecure", count=True, help="Plain text: for loopback, or said twice.")
+    ] = 0,
+    tls_cert_file: Annotated[
+        Path | None, typer.Option(help="Certificate chain, PEM (default: one of its own).")
+    ] = None,
+    tls_key_file: Annotated[Path | None, typer.Option(help="Its key, PEM.")] = None,
+    tls_client_ca_file: Annotated[
+        Path | None, typer.Option(help="Let only clients with these certificates in.")
+    ] = None,
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "warning",
 ) -> None:
     """Serve runs until SIGTERM or Ctrl-C. Prints the line with which volunteers join."""
     import logging
-    import os
 
-    # Read when gRPC is imported: what its core says of a port in use, we say in one clear line.
-    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     from cbtm_coordinator.config import load_config
     from cbtm_coordinator.process import run_until_signalled
 
@@ -72,6 +80,10 @@ def serve(
         "object_store": object_store,
         "s3_endpoint_url": s3_endpoint_url,
         "s3_public_endpoint_url": s3_public_endpoint_url,
+        "insecure": insecure or None,
+        "tls_cert_file": tls_cert_file,
+        "tls_key_file": tls_key_file,
+        "tls_client_ca_file": tls_client_ca_file,
     }
     config = load_config(**flags)
     raise typer.Exit(run_until_signalled(config))

@@ -1,4 +1,4 @@
-"""`worker list | revoke`."""
+"""`worker list | recover | revoke`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import typer
 
 from cbtm_common.cli import human_bytes, show_table
 from cbtm_coordinator.cli.options import AdminToken, Coordinator, DataDir, Json, open_connection
+from cbtm_coordinator.cli.token import parse_duration
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -54,6 +55,29 @@ def list_workers(
                 break
     columns = ["ID", "Name", "Account", "State", "Device", "Task", "Done", "Failed", "Trust", "Seen s ago", "Reason"]
     show_table("Workers", columns, rows, as_json=as_json)
+
+
+@app.command()
+def recover(
+    worker_id: str,
+    expires: Annotated[str, typer.Option(help="How long the token is good: 12h, 7d.")] = "1d",
+    coordinator: Coordinator = None,
+    token: AdminToken = None,
+    data_dir: DataDir = None,
+) -> None:
+    """Make a token, good once, with which a machine that lost its key joins as the same worker.
+
+    A key that somebody else has is good for nothing once the token was used.
+    """
+    from cbtm_api.v1 import admin_service_pb2 as ad
+    from cbtm_common.ids import new_request_id
+    from cbtm_common.protos import duration
+
+    ttl = duration(parse_duration(expires))
+    with open_connection(coordinator, token, data_dir) as connection:
+        request = ad.RecoverWorkerRequest(request_id=new_request_id(), worker_id=worker_id, ttl=ttl)
+        answer = connection.admin.RecoverWorker(request)
+    typer.echo(answer.secret)
 
 
 @app.command()

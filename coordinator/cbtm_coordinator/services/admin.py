@@ -17,7 +17,7 @@ from cbtm_common.ids import hash_secret, new_id
 from cbtm_common.protos import duration, from_duration, timestamp
 from cbtm_common.recipe import Recipe
 from cbtm_common.run_routing import RunRouting, clustering_digest
-from cbtm_coordinator.lifecycle import RunState, TaskKind, TaskState, Verification
+from cbtm_coordinator.lifecycle import RunState, TaskKind, TaskState, Verification, WorkerState
 from cbtm_coordinator.services import convert, credit, paging
 from cbtm_coordinator.services.context import ServiceContext, checked_files
 from cbtm_coordinator.services.structure import Structures, add_architecture
@@ -328,6 +328,33 @@ class AdminServicer(AdminServiceServicer):
 
         return self._context.once(request, ad.RevokeWorkerResponse, answer)
 
+    def RecoverWorker(self, request: ad.RecoverWorkerRequest, context: Any) -> ad.RecoverWorkerResponse:
+        ttl = from_duration(request.ttl) if request.HasField("ttl") else timedelta(days=1)
+
+        def answer(tx: Connection) -> ad.RecoverWorkerResponse:
+            now = self._store.now()
+            worker = identities.get_worker(tx, request.worker_id)
+            if worker.state is WorkerState.REVOKED:
+                raise InvalidState(f"worker {worker.id} is revoked: {worker.reason}")
+            token_id = new_id("token")
+            token = identities.create_token(
+                tx,
+                now,
+                token_id=token_id,
+                role="WORKER",
+                secret_hash=hash_secret(self._context.secret("worker", token_id)),
+                label=f"recovers {worker.id}",
+                account=accounts.names(tx, [worker.account_id])[worker.account_id],
+                expire_time=now + ttl,
+                max_uses=1,
+                recovers_worker_id=worker.id,
+            )
+            return ad.RecoverWorkerResponse(token=convert.token(token))
+
+        response = self._context.once(request, ad.RecoverWorkerResponse, answer)
+        response.secret = self._context.token("worker", response.token.id)
+        return response
+
     def CreateToken(self, request: ad.CreateTokenRequest, context: Any) -> ad.CreateTokenResponse:
         if request.role == pb.TOKEN_ROLE_UNSPECIFIED:
             raise InvalidArgument("role: is not set; worker, consumer or admin", field="role")
@@ -359,7 +386,7 @@ class AdminServicer(AdminServiceServicer):
             return ad.CreateTokenResponse(token=convert.token(token))
 
         response = self._context.once(request, ad.CreateTokenResponse, answer)
-        response.secret = self._context.secret(role.lower(), response.token.id)
+        response.secret = self._context.token(role.lower(), response.token.id)
         return response
 
     def ListTokens(self, request: ad.ListTokensRequest, context: Any) -> ad.ListTokensResponse:

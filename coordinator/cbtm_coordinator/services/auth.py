@@ -10,7 +10,9 @@ from enum import StrEnum
 
 from cbtm_common.errors import PermissionDenied, Unauthenticated
 from cbtm_common.ids import hash_secret
+from cbtm_common.keys import SIGNATURE, SignedRequest, key_id
 from cbtm_coordinator.lifecycle import WorkerState
+from cbtm_coordinator.services.credentials import Claims, Credentials
 from cbtm_coordinator.store import Store, identities
 from cbtm_coordinator.store.records import WorkerRecord
 
@@ -18,8 +20,10 @@ from cbtm_coordinator.store.records import WorkerRecord
 class Role(StrEnum):
     # A join token: may register a worker and probe the link, nothing else.
     JOIN = "WORKER"
-    # A registered worker's own credential.
+    # A registered worker's short-lived credential.
     WORKER = "REGISTERED"
+    # A signature by a worker's key: fetches such a credential, and nothing else.
+    KEY = "KEY"
     CONSUMER = "CONSUMER"
     ADMIN = "ADMIN"
     # No token at all.
@@ -28,10 +32,11 @@ class Role(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Principal:
-    """Who calls: a worker's id, a token's id, or nobody."""
+    """Who calls: a worker's id, a token's id, or nobody. `key_id` is of the key by which a worker is known."""
 
     role: Role
     id: str = ""
+    key_id: str = ""
 
 
 _JOIN = frozenset({Role.JOIN})
@@ -48,6 +53,7 @@ ADMIN_SERVICE = "cbtm_api.v1.AdminService"
 _ALLOWED: Mapping[str, Mapping[str, frozenset[Role]]] = {
     WORKER_SERVICE: {
         "Register": _JOIN,
+        "IssueCredential": frozenset({Role.KEY}),
         "AcquireLease": _WORKER,
         "RenewLease": _WORKER,
         "ListTaskShards": _WORKER,
@@ -89,6 +95,7 @@ _ALLOWED: Mapping[str, Mapping[str, frozenset[Role]]] = {
             "RequeueTask",
             "ListWorkers",
             "RevokeWorker",
+            "RecoverWorker",
             "CreateToken",
             "ListTokens",
             "RevokeToken",
@@ -103,6 +110,12 @@ _ALLOWED: Mapping[str, Mapping[str, frozenset[Role]]] = {
     "grpc.reflection.v1alpha.ServerReflection": {"ServerReflectionInfo": frozenset(Role)},
 }
 
+# How far a worker's clock may be off.
+_MAX_SKEW_SECONDS = 300.0
+_UNKNOWN = (
+    "this key is of no worker that is known here; join again with a token, or ask the owner to recover the worker"
+)
+
 _NOBODY = Principal(role=Role.ANONYMOUS)
 # The caller of the RPC that this thread serves.
 caller: contextvars.ContextVar[Principal] = contextvars.ContextVar("caller", default=_NOBODY)
@@ -115,15 +128,18 @@ def allowed_roles(method: str) -> frozenset[Role]:
 
 
 class Authenticator:
-    """From the bearer secret of a call to its principal. `public_catalog` lets anybody read the catalog.
+    """From the `authorization` of a call to its principal. `public_catalog` lets anybody read the catalog.
 
     A worker, once found, is remembered for `remember_seconds`, so that a renewal needs no question of its own. That one
-    was revoked meanwhile, by any coordinator, takes effect all the same: its leases were ended with it, and what it
-    does needs a lease or asks again (`check_active`). Tokens are looked up each time.
+    was revoked or got another key meanwhile, by any coordinator, takes effect all the same: its leases were ended with
+    it, and what it does needs a lease or asks again (`check_current`). Tokens are looked up each time.
     """
 
-    def __init__(self, store: Store, *, public_catalog: bool, remember_seconds: float = 300.0) -> None:
+    def __init__(
+        self, store: Store, credentials: Credentials, *, public_catalog: bool, remember_seconds: float = 300.0
+    ) -> None:
         self._store = store
+        self._credentials = credentials
         self._public_catalog = public_catalog
         self._workers = _Remembered(remember_seconds)
 
@@ -137,56 +153,81 @@ class Authenticator:
                 return Principal(role=Role.ANONYMOUS)
             raise Unauthenticated(f"{_name(method)} needs a token: pass --token, or set CBTM_TOKEN")
         kind, _, secret = authorization.partition(" ")
-        if kind.lower() != "bearer" or not secret:
+        secret = secret.strip()
+        if kind == SIGNATURE and Role.KEY in roles:
+            principal = self._signer(SignedRequest(secret))
+        elif kind.lower() != "bearer" or not secret:
             raise Unauthenticated("authorization: is not 'Bearer SECRET'")
-        principal = self._principal(secret.strip())
+        elif self._credentials.is_one(secret):
+            principal = self._worker(self._credentials.read(secret))
+        else:
+            principal = self._token(secret)
         if principal.role not in roles:
             need = " or ".join(sorted(role.value for role in roles)) or "nobody"
             raise PermissionDenied(f"{_name(method)} is for {need}; this token is {principal.role.value}")
         return principal
 
-    def _principal(self, secret: str) -> Principal:
+    def _token(self, secret: str) -> Principal:
         # Looked up by its hash, so no comparison of secrets takes place whose time could tell anything.
-        digest = hash_secret(secret)
-        known = self._workers.get(digest)
-        if known is not None:
-            return known
         with self._store.reading() as tx:
-            worker = identities.find_worker(tx, digest)
-            token = None if worker else identities.find_token(tx, self._store.now(), digest)
-        if worker is not None:
-            check_active(worker)
-            principal = Principal(role=Role.WORKER, id=worker.id)
-            self._workers.put(digest, principal)
-            return principal
+            token = identities.find_token(tx, self._store.now(), hash_secret(secret))
         if token is None:
             raise Unauthenticated("this token is unknown, expired or revoked; ask the run's owner for a new one")
         return Principal(role=Role(token.role), id=token.id)
 
+    def _worker(self, claims: Claims) -> Principal:
+        principal = Principal(role=Role.WORKER, id=claims.worker_id, key_id=claims.key_id)
+        if not self._workers.knows(principal):
+            with self._store.reading() as tx:
+                worker = identities.find_worker(tx, claims.worker_id)
+            if worker is None:
+                raise Unauthenticated(_UNKNOWN)
+            check_current(worker, principal)
+            self._workers.put(principal)
+        return principal
 
-def check_active(worker: WorkerRecord) -> None:
-    """Raises PermissionDenied when the owner revoked this worker."""
+    def _signer(self, signed: SignedRequest) -> Principal:
+        with self._store.reading() as tx:
+            worker = identities.find_worker(tx, signed.worker_id)
+        key = worker.public_key if worker is not None else None
+        if worker is None or key is None or not signed.is_by(bytes.fromhex(key)):
+            raise Unauthenticated(_UNKNOWN)
+        principal = Principal(role=Role.KEY, id=worker.id, key_id=key_id(bytes.fromhex(key)))
+        check_current(worker, principal)
+        now = self._store.now()
+        told = {"server_time": now.isoformat(), "last_time_us": str(worker.signed_time_us)}
+        if abs(signed.time_us - 1e6 * now.timestamp()) > 1e6 * _MAX_SKEW_SECONDS:
+            raise Unauthenticated("what was signed is not of now; is this machine's clock right?", metadata=told)
+        with self._store.writing(by_statement=True) as tx:
+            if not identities.note_signed(tx, worker.id, key, signed.time_us):
+                raise Unauthenticated("what was signed is not later than what was signed before", metadata=told)
+        return principal
+
+
+def check_current(worker: WorkerRecord, principal: Principal) -> None:
+    """Raises PermissionDenied when the owner revoked this worker, Unauthenticated when it has another key by now."""
     if worker.state is WorkerState.REVOKED:
         raise PermissionDenied(f"this worker was revoked by the owner: {worker.reason or 'no reason given'}")
+    if worker.public_key is None or key_id(bytes.fromhex(worker.public_key)) != principal.key_id:
+        raise Unauthenticated(_UNKNOWN)
 
 
 class _Remembered:
-    """Principals by the hash of their secret, each for a while; thread-safe."""
+    """Principals, each for a while; thread-safe."""
 
     _MOST = 100_000
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
-        self._until: dict[str, tuple[float, Principal]] = {}
+        self._until: dict[Principal, float] = {}
 
-    def get(self, digest: str) -> Principal | None:
-        until, principal = self._until.get(digest, (0.0, None))
-        return principal if time.monotonic() < until else None
+    def knows(self, principal: Principal) -> bool:
+        return time.monotonic() < self._until.get(principal, 0.0)
 
-    def put(self, digest: str, principal: Principal) -> None:
+    def put(self, principal: Principal) -> None:
         if len(self._until) >= self._MOST:
             self._until.clear()
-        self._until[digest] = (time.monotonic() + self._seconds, principal)
+        self._until[principal] = time.monotonic() + self._seconds
 
 
 def _name(method: str) -> str:

@@ -15,8 +15,10 @@ from google.protobuf.message import Message
 from cbtm_api.v1 import resources_pb2 as pb
 from cbtm_common.errors import InvalidArgument, NotFound
 from cbtm_common.files import FileSpec, check_relative
+from cbtm_common.security import join_token
 from cbtm_coordinator.limits import Quotas
 from cbtm_coordinator.services.auth import caller
+from cbtm_coordinator.services.credentials import Credentials
 from cbtm_coordinator.storage import PART_SIZE, ObjectStore, prepare_download, prepare_upload
 from cbtm_coordinator.store import Connection, Store
 
@@ -40,11 +42,23 @@ class ServiceContext:
     quotas: Quotas = field(default_factory=Quotas)
     version: str = ""
     min_worker_version: str = field(default="0.1.0")
+    # Of the authority that this coordinator is served with, for tokens; empty when they need not name one.
+    fingerprint: str = ""
+    # How long a worker may call before it has to show its key again.
+    credential_life: timedelta = timedelta(minutes=15)
 
     def secret(self, role: str, owner_id: str) -> str:
-        """The bearer secret of a worker or token: a function of our key and its id."""
+        """The secret of a token: a function of our key and its id."""
         digest = hmac.new(self.secret_key, f"{role}:{owner_id}".encode(), hashlib.sha256).digest()
         return f"cbtm_{role}_{base64.urlsafe_b64encode(digest).decode().rstrip('=')}"
+
+    @property
+    def credentials(self) -> Credentials:
+        return Credentials(self.secret_key, clock=self.store.now, life=self.credential_life)
+
+    def token(self, role: str, token_id: str) -> str:
+        """As it is handed out: its secret, and how to know this coordinator."""
+        return join_token(self.secret(role, token_id), self.fingerprint)
 
     def once(
         self,

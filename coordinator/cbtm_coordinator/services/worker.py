@@ -24,14 +24,15 @@ from cbtm_common.errors import (
 )
 from cbtm_common.faults import point
 from cbtm_common.files import FileSpec
-from cbtm_common.ids import hash_secret, new_id
+from cbtm_common.ids import new_id
+from cbtm_common.keys import is_signed, registration_text
 from cbtm_common.protos import duration, from_struct, timestamp
 from cbtm_common.recipe import Recipe
 from cbtm_coordinator.lifecycle import CHECKING, TRAINING, CheckpointState, RunState, TaskKind
 from cbtm_coordinator.scheduler import Measured, Pace, poll_after
 from cbtm_coordinator.services import checks as check_service
 from cbtm_coordinator.services import convert, credit, paging
-from cbtm_coordinator.services.auth import caller, check_active
+from cbtm_coordinator.services.auth import caller, check_current
 from cbtm_coordinator.services.commit import Verifier
 from cbtm_coordinator.services.context import ServiceContext, checked_files
 from cbtm_coordinator.services.structure import Structures, add_sizes
@@ -49,7 +50,7 @@ from cbtm_coordinator.store import (
     runs,
     tasks,
 )
-from cbtm_coordinator.store.records import LeaseRecord, Progress, RunRecord, TaskRecord
+from cbtm_coordinator.store.records import LeaseRecord, Progress, RunRecord, TaskRecord, TokenRecord, WorkerRecord
 from cbtm_coordinator.store.runs import TRAIN
 from cbtm_coordinator.structure.manifest import check_paths
 
@@ -80,18 +81,22 @@ class WorkerServicer(WorkerServiceServicer):
         name = request.name.strip()
         if not 1 <= len(name) <= 200 or not name.isprintable():
             raise InvalidArgument("name: 1 to 200 printable characters are needed", field="name")
+        if not is_signed(request.public_key, registration_text(request.request_id, request.public_key), request.proof):
+            raise InvalidArgument("proof: is not a signature of this request by public_key", field="proof")
+        public_key = request.public_key.hex()
 
         def answer(tx: Connection) -> ws.RegisterResponse:
             now = self._store.now()
-            account_id = identities.use_token(tx, now, caller.get().id)
-            worker_id = new_id("worker")
+            token = identities.use_token(tx, now, caller.get().id)
+            if token.recovers_worker_id:
+                return ws.RegisterResponse(worker=convert.worker(self._recover(tx, token, public_key)))
             worker = identities.create_worker(
                 tx,
                 now,
-                worker_id=worker_id,
-                account_id=account_id,
+                worker_id=new_id("worker"),
+                account_id=token.account_id,
                 name=name,
-                credential_hash=hash_secret(self._context.secret("worker", worker_id)),
+                public_key=public_key,
                 token_id=caller.get().id,
                 hardware_json=_hardware_json(request.hardware),
                 version=_printable(request.version, 64),
@@ -100,8 +105,20 @@ class WorkerServicer(WorkerServiceServicer):
 
         response = self._context.once(request, ws.RegisterResponse, answer)
         point("coordinator.register.after_commit")
-        response.credential = self._context.secret("worker", response.worker.id)
         return response
+
+    def _recover(self, tx: Connection, token: TokenRecord, public_key: str) -> WorkerRecord:
+        now = self._store.now()
+        worker = identities.replace_key(tx, now, token.recovers_worker_id, public_key)
+        # Whoever has the former key holds nothing with it any more.
+        leases.revoke_leases(tx, now, reason="this worker registered a new key", worker_id=worker.id)
+        return worker
+
+    def IssueCredential(self, request: ws.IssueCredentialRequest, context: Any) -> ws.IssueCredentialResponse:
+        signer, credentials = caller.get(), self._context.credentials
+        return ws.IssueCredentialResponse(
+            credential=credentials.issue(signer.id, signer.key_id), life=duration(credentials.life)
+        )
 
     def AcquireLease(self, request: ws.AcquireLeaseRequest, context: Any) -> ws.AcquireLeaseResponse:
         worker_id = caller.get().id
@@ -113,7 +130,7 @@ class WorkerServicer(WorkerServiceServicer):
             now = self._store.now()
             run_id = runs.get(tx, request.run).id if request.run else None
             worker = identities.seen(tx, now, worker_id, hardware_json=hardware)
-            check_active(worker)
+            check_current(worker, caller.get())
             if worker.not_before_time is not None and worker.not_before_time > now:
                 return ws.AcquireLeaseResponse(retry_after=duration(worker.not_before_time - now), reason=worker.reason)
             quota = self._context.quotas.leases

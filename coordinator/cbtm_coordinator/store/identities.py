@@ -27,6 +27,7 @@ def create_token(
     secret_hash: str,
     label: str = "",
     account: str = "",
+    recovers_worker_id: str = "",
     expire_time: datetime | None = None,
     max_uses: int = 0,
     trusted: bool = False,
@@ -44,6 +45,7 @@ def create_token(
             expire_time=expire_time,
             max_uses=max_uses,
             trusted=trusted,
+            recovers_worker_id=recovers_worker_id,
         )
     )
     events.append(tx, now, "token.created", detail={"token_id": token_id, "role": role, "account_id": account_id})
@@ -74,8 +76,8 @@ def knows_secret(tx: Connection, secret_hash: str) -> bool:
     return tx.execute(select(tokens.c.id).where(tokens.c.secret_hash == secret_hash)).first() is not None
 
 
-def use_token(tx: Connection, now: datetime, token_id: str) -> str:
-    """Counts one use, if one is left; the account that it lets in.
+def use_token(tx: Connection, now: datetime, token_id: str) -> TokenRecord:
+    """Counts one use, if one is left.
 
     One guarded update, so that a use count is exact among many processes.
     """
@@ -88,11 +90,11 @@ def use_token(tx: Connection, now: datetime, token_id: str) -> str:
             or_(tokens.c.max_uses == 0, tokens.c.uses < tokens.c.max_uses),
         )
         .values(uses=tokens.c.uses + 1)
-        .returning(tokens.c.account_id)
-    ).scalar_one_or_none()
+        .returning(tokens)
+    ).one_or_none()
     if used is None:
         raise Unauthenticated("this join token is used up, expired or revoked; ask the run's owner for a new one")
-    return str(used)
+    return TokenRecord.of(used)
 
 
 def list_tokens(tx: Connection, *, after_id: str = "", limit: int = 100) -> list[TokenRecord]:
@@ -114,7 +116,7 @@ def create_worker(
     worker_id: str,
     account_id: str,
     name: str,
-    credential_hash: str,
+    public_key: str,
     token_id: str | None,
     hardware_json: str,
     version: str,
@@ -125,7 +127,7 @@ def create_worker(
             account_id=account_id,
             name=name,
             state=WorkerState.ACTIVE.value,
-            credential_hash=credential_hash,
+            public_key=public_key,
             token_id=token_id,
             trusted=func.coalesce(select(tokens.c.trusted).where(tokens.c.id == token_id).scalar_subquery(), False),
             hardware_json=hardware_json,
@@ -161,12 +163,29 @@ def _worker(row: Row[Any]) -> WorkerRecord:
     return replace(worker, last_seen_time=max(worker.last_seen_time, row.renew_time or worker.last_seen_time))
 
 
-_BY_CREDENTIAL = select(workers).where(workers.c.credential_hash == bindparam("of_hash"))
+_BY_ID = select(workers).where(workers.c.id == bindparam("of_worker"))
 
 
-def find_worker(tx: Connection, credential_hash: str) -> WorkerRecord | None:
-    row = tx.execute(_BY_CREDENTIAL, {"of_hash": credential_hash}).one_or_none()
+def find_worker(tx: Connection, worker_id: str) -> WorkerRecord | None:
+    row = tx.execute(_BY_ID, {"of_worker": worker_id}).one_or_none()
     return None if row is None else WorkerRecord.of(row)
+
+
+def note_signed(tx: Connection, worker_id: str, public_key: str, time_us: int) -> bool:
+    """Whether what was signed at this time is new; one guarded update, so of two that show it one is refused."""
+    noted = tx.execute(
+        update(workers)
+        .where(workers.c.id == worker_id, workers.c.public_key == public_key, workers.c.signed_time_us < time_us)
+        .values(signed_time_us=time_us)
+    )
+    return noted.rowcount == 1
+
+
+def replace_key(tx: Connection, now: datetime, worker_id: str, public_key: str) -> WorkerRecord:
+    """The same worker with another key; the former one is good for nothing from now on."""
+    tx.execute(update(workers).where(workers.c.id == worker_id).values(public_key=public_key, signed_time_us=0))
+    events.append(tx, now, "worker.recovered", worker_id=worker_id, reason="it registered a new key")
+    return get_worker(tx, worker_id)
 
 
 def list_workers(tx: Connection, *, after_id: str = "", limit: int = 100) -> list[WorkerRecord]:

@@ -182,6 +182,8 @@ class WorkerRecord(_FromRow):
     state: WorkerState
     hardware_json: str
     version: str
+    public_key: str | None
+    signed_time_us: int
     register_time: datetime
     last_seen_time: datetime
     finished_tasks: int
@@ -229,6 +231,7 @@ class TokenRecord(_FromRow):
     expire_time: datetime | None
     max_uses: int
     uses: int
+    recovers_worker_id: str
     revoked: bool
     trusted: bool
 

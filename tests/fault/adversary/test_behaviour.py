@@ -55,7 +55,7 @@ class _Door:
         self._here = here
 
     def connect(self, credential: str | None = None) -> Connection:
-        return connect(self._here.target, credential=credential)
+        return connect(self._here.target, token=credential)
 
 
 class Liar(RawWorker):

@@ -10,7 +10,7 @@ import pytest
 
 from cbtm_api.v1 import catalog_service_pb2 as cs
 from cbtm_common.errors import Cancelled, CbtmError, InvalidArgument, Unavailable
-from cbtm_common.rpc import Connection, RetryPolicy, connect, host_of
+from cbtm_common.rpc import Connection, RetryPolicy, connect, host_and_port
 
 
 @pytest.fixture
@@ -82,4 +82,4 @@ def test_a_target_that_is_no_address_says_what_one_looks_like(target: str) -> No
 
 
 def test_ipv6_keeps_its_brackets() -> None:
-    assert host_of("[::1]:50051") == "[::1]"
+    assert host_and_port("[::1]:50051") == ("[::1]", 50051)

@@ -9,7 +9,9 @@ import pytest
 from cbtm_api.v1 import admin_service_pb2, catalog_service_pb2, worker_service_pb2
 from cbtm_common.errors import PermissionDenied, Unauthenticated
 from cbtm_common.ids import hash_secret, new_id, new_secret
-from cbtm_coordinator.services.auth import Authenticator, Principal, Role, allowed_roles, check_active
+from cbtm_common.keys import key_id, new_key, public_key_of, signed_authorization
+from cbtm_coordinator.services.auth import Authenticator, Principal, Role, allowed_roles, check_current
+from cbtm_coordinator.services.credentials import Credentials
 from cbtm_coordinator.store import identities
 from tests.support.registry import Registry
 
@@ -22,6 +24,8 @@ _METHODS = [
 _LIST_RUNS = "/cbtm_api.v1.CatalogService/ListRuns"
 _CREATE_RUN = "/cbtm_api.v1.AdminService/CreateRun"
 _ACQUIRE = "/cbtm_api.v1.WorkerService/AcquireLease"
+_ISSUE = "/cbtm_api.v1.WorkerService/IssueCredential"
+LIFE = timedelta(minutes=15)
 _REGISTER = "/cbtm_api.v1.WorkerService/Register"
 
 
@@ -44,7 +48,11 @@ def _token(registry: Registry, role: str, *, expires_in: float | None = None) ->
 
 
 def _authenticator(registry: Registry, *, public: bool = False) -> Authenticator:
-    return Authenticator(registry.store, public_catalog=public)
+    return Authenticator(registry.store, _credentials(registry), public_catalog=public)
+
+
+def _credentials(registry: Registry) -> Credentials:
+    return Credentials(bytes(32), clock=registry.clock, life=LIFE)
 
 
 @pytest.mark.parametrize("method", _METHODS)
@@ -115,24 +123,107 @@ def test_what_is_no_bearer_secret_is_refused_also_by_an_open_catalog(registry: R
         _authenticator(registry, public=True).check(_LIST_RUNS, authorization)
 
 
+def _worker(registry: Registry) -> tuple[str, bytes]:
+    """(id, private key) of a new worker."""
+    worker_id, key = registry.worker(), new_key()
+    with registry.store.writing() as tx:
+        identities.replace_key(tx, registry.clock(), worker_id, public_key_of(key).hex())
+    return worker_id, key
+
+
+def _signed(registry: Registry, worker_id: str, key: bytes, *, seconds: float = 0.0) -> str:
+    return signed_authorization(key, worker_id, int(1e6 * (registry.clock().timestamp() + seconds)))
+
+
+def _bearer(registry: Registry, worker_id: str, key: bytes) -> str:
+    return f"Bearer {_credentials(registry).issue(worker_id, key_id(public_key_of(key)))}"
+
+
 def test_a_worker_is_looked_up_once_and_its_revocation_holds_where_it_asks_for_work(registry: Registry) -> None:
-    worker, check = registry.worker(), _authenticator(registry)
-    # The registry of tests hashes a worker's id for its secret.
-    assert check.check(_ACQUIRE, f"Bearer {worker}") == Principal(role=Role.WORKER, id=worker)
+    (worker, key), check = _worker(registry), _authenticator(registry)
+    bearer = _bearer(registry, worker, key)
+    principal = check.check(_ACQUIRE, bearer)
+    assert (principal.role, principal.id) == (Role.WORKER, worker)
     with registry.store.writing() as tx:
         identities.set_revoked(tx, registry.clock(), worker, "sends rubbish")
-    assert check.check(_ACQUIRE, f"Bearer {worker}").id == worker
+    assert check.check(_ACQUIRE, bearer) == principal
     with registry.store.writing() as tx, pytest.raises(PermissionDenied, match="sends rubbish"):
-        check_active(identities.seen(tx, registry.clock(), worker))
+        check_current(identities.seen(tx, registry.clock(), worker), principal)
     with pytest.raises(PermissionDenied, match="sends rubbish"):
-        _authenticator(registry).check(_ACQUIRE, f"Bearer {worker}")
+        _authenticator(registry).check(_ACQUIRE, bearer)
 
 
 def test_a_worker_is_looked_up_again_after_a_while(registry: Registry) -> None:
-    worker = registry.worker()
-    check = Authenticator(registry.store, public_catalog=False, remember_seconds=0)
-    check.check(_ACQUIRE, f"Bearer {worker}")
+    worker, key = _worker(registry)
+    check = Authenticator(registry.store, _credentials(registry), public_catalog=False, remember_seconds=0)
+    bearer = _bearer(registry, worker, key)
+    check.check(_ACQUIRE, bearer)
     with registry.store.writing() as tx:
         identities.set_revoked(tx, registry.clock(), worker, "sends rubbish")
     with pytest.raises(PermissionDenied, match="sends rubbish"):
-        check.check(_ACQUIRE, f"Bearer {worker}")
+        check.check(_ACQUIRE, bearer)
+
+
+def test_a_signature_fetches_a_credential_once_and_nothing_else(registry: Registry) -> None:
+    (worker, key), check = _worker(registry), _authenticator(registry)
+    signed = _signed(registry, worker, key)
+    with pytest.raises(Unauthenticated):
+        check.check(_ACQUIRE, signed)
+    assert check.check(_ISSUE, signed).role is Role.KEY
+    with pytest.raises(Unauthenticated, match="not later"):
+        check.check(_ISSUE, signed)
+    with pytest.raises(Unauthenticated, match="not later"):
+        check.check(_ISSUE, _signed(registry, worker, key, seconds=-1))
+    check.check(_ISSUE, _signed(registry, worker, key, seconds=1))
+
+
+@pytest.mark.parametrize("seconds", [-301, 301, 86_400])
+def test_a_signature_of_another_time_is_refused_with_what_the_time_is(registry: Registry, seconds: float) -> None:
+    worker, key = _worker(registry)
+    with pytest.raises(Unauthenticated, match="clock") as caught:
+        _authenticator(registry).check(_ISSUE, _signed(registry, worker, key, seconds=seconds))
+    assert caught.value.metadata["server_time"] == registry.clock().isoformat()
+
+
+def test_a_signature_by_another_key_or_for_another_worker_is_refused(registry: Registry) -> None:
+    (worker, key), (other, other_key), check = _worker(registry), _worker(registry), _authenticator(registry)
+    for signer, its_key in [(worker, other_key), (other, key), ("worker_none", key)]:
+        with pytest.raises(Unauthenticated, match="no worker that is known"):
+            check.check(_ISSUE, _signed(registry, signer, its_key))
+    # Nor did those attempts keep the worker itself out.
+    check.check(_ISSUE, _signed(registry, worker, key))
+
+
+@pytest.mark.parametrize("value", ["", "a", "a.b.c", "a.1.!", "a.1", "a.1.AAAA.b", "a.1e9.AAAA", "a.1.\u00e9"])
+def test_what_is_no_signature_is_refused(registry: Registry, value: str) -> None:
+    with pytest.raises(Unauthenticated):
+        _authenticator(registry).check(_ISSUE, f"Signature {value}")
+
+
+def test_a_credential_is_good_for_its_life_and_in_the_form_it_was_given_in(registry: Registry) -> None:
+    (worker, key), check = _worker(registry), _authenticator(registry)
+    bearer = _bearer(registry, worker, key)
+    for place in range(len("Bearer cbtm_session_"), len(bearer)):
+        forged = bearer[:place] + ("0" if bearer[place] != "0" else "1") + bearer[place + 1 :]
+        with pytest.raises(Unauthenticated, match="not of this coordinator"):
+            check.check(_ACQUIRE, forged)
+    registry.clock.advance(LIFE.total_seconds() - 1)
+    check.check(_ACQUIRE, bearer)
+    registry.clock.advance(1)
+    with pytest.raises(Unauthenticated, match="expired"):
+        check.check(_ACQUIRE, bearer)
+
+
+def test_a_replaced_key_is_good_for_nothing_and_what_it_got_neither(registry: Registry) -> None:
+    worker, key = _worker(registry)
+    bearer = _bearer(registry, worker, key)
+    check = _authenticator(registry)
+    principal = check.check(_ACQUIRE, bearer)
+    with registry.store.writing() as tx:
+        identities.replace_key(tx, registry.clock(), worker, public_key_of(new_key()).hex())
+    with pytest.raises(Unauthenticated):
+        check.check(_ISSUE, _signed(registry, worker, key))
+    with registry.store.writing() as tx, pytest.raises(Unauthenticated):
+        check_current(identities.seen(tx, registry.clock(), worker), principal)
+    with pytest.raises(Unauthenticated):
+        _authenticator(registry).check(_ACQUIRE, bearer)

@@ -8,6 +8,7 @@ import pytest
 
 from cbtm_common.errors import InvalidArgument
 from cbtm_common.ids import hash_secret
+from cbtm_common.security import split_token
 from cbtm_coordinator.config import ADMIN_TOKEN_NAME, JOIN_TOKEN_NAME, SIGNING_KEY_NAME, CoordinatorConfig
 from cbtm_coordinator.setup import initialise
 from cbtm_coordinator.store import Store, identities
@@ -21,7 +22,7 @@ def known_roles(config: CoordinatorConfig) -> list[str]:
     roles = []
     with store.reading() as tx:
         for name in (ADMIN_TOKEN_NAME, JOIN_TOKEN_NAME):
-            secret = (config.data_dir / name).read_text("utf-8")
+            secret, _ = split_token((config.data_dir / name).read_text("utf-8"))
             found = identities.find_token(tx, store.now(), hash_secret(secret))
             roles.append(found.role if found else "unknown")
     store.close()

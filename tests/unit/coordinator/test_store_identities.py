@@ -89,7 +89,7 @@ def test_who_joins_belongs_to_the_account_of_its_token_be_it_one_machine_or_many
             ]
         }
         assert accounts.names(tx, made.values()) == {made["t1"]: "ann", made["t3"]: "t3", made["t4"]: "bob"}
-        assert made["t1"] == made["t2"] == identities.use_token(tx, registry.clock(), "t2")
+        assert made["t1"] == made["t2"] == identities.use_token(tx, registry.clock(), "t2").account_id
     machines = [registry.worker(account="ann") for _ in range(2)]
     with registry.store.reading() as tx:
         assert {identities.get_worker(tx, machine).account_id for machine in machines} == {made["t1"]}

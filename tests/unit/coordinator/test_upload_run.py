@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Self
@@ -90,7 +89,7 @@ class Store:
 
 def send(store: Store, count: int, monkeypatch: pytest.MonkeyPatch) -> int:
     """Uploads `count` files; the bytes told of."""
-    monkeypatch.setattr(upload_run, "Transfer", lambda base_url: store)
+    monkeypatch.setattr(upload_run, "Transfer", SimpleNamespace(beside=lambda _: store))
     told: list[int] = []
     files = {f"f{i}": (Path(f"f{i}"), FileSpec(path=f"f{i}", size=SIZE, sha256="0" * 64)) for i in range(count)}
     upload_run.upload_files(store, "run", ad.RUN_FILE_KIND_SHARD, files, on_bytes=told.append)  # type: ignore[arg-type]
@@ -135,8 +134,8 @@ def test_what_the_store_answers_reaches_the_owner(tmp_path: Path, monkeypatch: p
     put = pb.SignedRequest(method="PUT", url="/bucket/shard?signature=x")
     answer = ad.PrepareRunUploadResponse(uploads=[pb.Upload(file=spec.to_proto(), request=put)])
     monkeypatch.setattr(store.admin, "PrepareRunUpload", lambda request: answer)
-    made = partial(Transfer, transport=httpx.MockTransport(refuse))
-    monkeypatch.setattr(upload_run, "Transfer", made)
+    made = Transfer(base_url="http://store", transport=httpx.MockTransport(refuse))
+    monkeypatch.setattr(upload_run, "Transfer", SimpleNamespace(beside=lambda _: made))
     (tmp_path / "shard").write_bytes(b"bytes")
     files = {"shard": (tmp_path / "shard", spec)}
     with pytest.raises(PermissionDenied, match=r"upload: shard .* answered 403: <Code>RequestTimeTooSkewed"):

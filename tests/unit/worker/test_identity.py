@@ -13,7 +13,7 @@ from cbtm_common.errors import ResourceExhausted
 from cbtm_worker import identity as module
 from cbtm_worker.identity import Identity, take_slot
 
-ME = Identity(worker_id="worker_1", credential="secret")
+ME = Identity(worker_id="worker_1", private_key="secret")
 
 
 def test_an_identity_is_found_again_by_the_next_process_for_the_same_coordinator(tmp_path: Path) -> None:
@@ -59,7 +59,7 @@ def test_a_slot_is_free_again_when_its_process_is_killed(tmp_path: Path) -> None
 def test_the_credential_is_readable_by_its_owner_alone(tmp_path: Path) -> None:
     slot = take_slot(tmp_path, "a:1")
     slot.save(ME)
-    slot.save(Identity(worker_id="worker_2", credential="other"))
+    slot.save(Identity(worker_id="worker_2", private_key="other"))
     path = slot.directory / "identity.json"
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert [p.name for p in slot.directory.glob("identity*")] == ["identity.json"]

@@ -23,6 +23,7 @@ from cbtm_common.errors import (
     Unauthenticated,
     Unavailable,
 )
+from cbtm_common.keys import public_key_of
 from cbtm_common.protos import duration
 from cbtm_worker import loop as module
 from cbtm_worker.config import WorkerConfig
@@ -70,6 +71,14 @@ class Place:
             return Worker(config, self.stop, display, slot, connection, nothing, nothing, ("cpu",)).run()
         finally:
             slot.release()
+
+    def identity(self) -> Identity:
+        """The one that is kept."""
+        slot = take_slot(self.folder, "fake:1")
+        kept = slot.load()
+        slot.release()
+        assert kept is not None
+        return kept
 
     @property
     def said(self) -> str:
@@ -137,7 +146,7 @@ def test_the_machine_joins_once_and_is_known_afterwards(place: Place) -> None:
     place.run()
     place.run(token=None)
     assert len(place.connection.requests("Register")) == 1
-    assert place.connection.credential == "credential 1"
+    assert place.identity().worker_id == "worker_1"
 
 
 def test_without_a_token_the_first_time_it_is_said_what_to_pass(place: Place) -> None:
@@ -150,7 +159,7 @@ def test_a_coordinator_that_forgot_this_worker_is_joined_anew_once(place: Place)
     place.connection.answers["AcquireLease"].append(Unauthenticated("who are you?"))
     place.run()
     assert len(place.connection.requests("Register")) == 2
-    assert place.connection.credential == "credential 2"
+    assert place.identity().worker_id == "worker_2"
     place.connection.answers["AcquireLease"] += [Unauthenticated("who are you?")] * 2
     with pytest.raises(Unauthenticated):
         place.run()
@@ -275,9 +284,11 @@ def test_asked_to_stop_it_takes_nothing_more(place: Place) -> None:
 
 def test_an_identity_is_kept_in_the_slot(place: Place) -> None:
     place.run()
-    slot = take_slot(place.folder, "fake:1")
-    assert slot.load() == Identity(worker_id="worker_1", credential="credential 1")
-    slot.release()
+    (request,) = place.connection.requests("Register")
+    kept = place.identity()
+    assert kept.worker_id == "worker_1"
+    assert public_key_of(bytes.fromhex(kept.private_key)) == request.public_key
+    assert kept.private_key not in str(place.connection.calls)
 
 
 def _stored(answer: ws.AcquireLeaseResponse) -> bytes:
