@@ -84,6 +84,8 @@ class Zygote:
 
     def __init__(self) -> None:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+        # As `run_app` has it before anything imports gRPC.
+        environment["GRPC_VERBOSITY"] = "NONE"
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.support.zygote"],
             stdin=subprocess.PIPE,

@@ -16,6 +16,7 @@ from cbtm_api.v1 import worker_service_pb2 as ws
 # Who reads the date, and why that decides nothing between machines.
 _MAY_READ_THE_DATE = {
     "cbtm_worker/check.py": "tells the volunteer how far it is off",
+    "cbtm_worker/credential.py": "names the time of what it signs; the coordinator judges it and tells its own",
     "cbtm_worker/task.py": "the age of files, by the clock that dated them",
     "cbtm_common/cache.py": "the age of files, by the clock that dated them",
     "cbtm_common/ids.py": "makes ids of one machine sort by their making",
