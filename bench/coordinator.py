@@ -29,7 +29,7 @@ import grpc
 import numpy as np
 import psutil
 
-from bench.processes import running_coordinator
+from bench.processes import RunningCoordinator, running_coordinator
 from bench.report import Report
 from cbtm_api.v1 import resources_pb2 as pb
 from cbtm_api.v1 import worker_service_pb2 as ws
@@ -79,6 +79,16 @@ class Target:
     data_dir: Path
 
 
+def target_of(coordinator: RunningCoordinator) -> Target:
+    host, port = host_and_port(coordinator.address)
+    return Target(
+        grpc=coordinator.address,
+        http=coordinator.http_url,
+        trust=coordinator.security.trust(host, port, ""),
+        data_dir=coordinator.data_dir,
+    )
+
+
 def fill(store: Store, *, open_tasks: int, name: str) -> str:
     """A run with `open_tasks` PENDING tasks, whose models have no tensors, so that a checkpoint is one small file."""
     with store.writing() as tx:
@@ -121,7 +131,7 @@ def make_workers(store: Store, count: int, data_dir: Path) -> list[Simulated]:
     return made
 
 
-def _channel(target: Target, options: list[tuple[str, int]]) -> grpc.aio.Channel:
+def open_channel(target: Target, options: list[tuple[str, int]]) -> grpc.aio.Channel:
     if target.trust.plain:
         return grpc.aio.insecure_channel(target.grpc, options=options)
     credentials = grpc.ssl_channel_credentials(target.trust.roots)
@@ -133,7 +143,7 @@ class Load:
 
     def __init__(self, target: Target, connections: int = 4) -> None:
         self._channels = [
-            _channel(target, [*CHANNEL_OPTIONS, ("grpc.use_local_subchannel_pool", 1)]) for _ in range(connections)
+            open_channel(target, [*CHANNEL_OPTIONS, ("grpc.use_local_subchannel_pool", 1)]) for _ in range(connections)
         ]
         self._stubs = [WorkerServiceStub(channel) for channel in self._channels]
         self._next = 0
@@ -370,13 +380,7 @@ def run(report: Report, stack: ExitStack, database: str, *, quick: bool, insecur
     coordinator = stack.enter_context(running_coordinator(scratch / "coordinator", environment))
     store = Store(url or f"sqlite:///{scratch / 'coordinator' / 'registry.db'}")
     stack.callback(store.close)
-    host, port = host_and_port(coordinator.address)
-    target = Target(
-        grpc=coordinator.address,
-        http=coordinator.http_url,
-        trust=coordinator.security.trust(host, port, ""),
-        data_dir=coordinator.data_dir,
-    )
+    target = target_of(coordinator)
     workers = 1000 if database == "sqlite" or quick else 10_000
     seconds = 4.0 if quick else 30.0
     fill(store, open_tasks=workers, name="main")

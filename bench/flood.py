@@ -21,7 +21,7 @@ from tempfile import TemporaryDirectory
 import grpc
 import numpy as np
 
-from bench.coordinator import Load, Simulated, Target, fill, make_workers, paced
+from bench.coordinator import Load, Simulated, Target, fill, make_workers, open_channel, paced, target_of
 from bench.processes import running_coordinator
 from bench.report import Report
 from cbtm_api.v1 import worker_service_pb2 as ws
@@ -44,7 +44,7 @@ OFF = {
 }
 
 
-def flood(address: str, worker: Simulated, sent: multiprocessing.sharedctypes.Synchronized[int]) -> None:
+def flood(target: Target, worker: Simulated, sent: multiprocessing.sharedctypes.Synchronized[int]) -> None:
     """In a process of its own, until it is ended."""
 
     async def one(renew: grpc.aio.UnaryUnaryMultiCallable, request: bytes) -> None:
@@ -57,9 +57,7 @@ def flood(address: str, worker: Simulated, sent: multiprocessing.sharedctypes.Sy
         request = ws.RenewLeaseRequest(lease_id=worker.lease_id, epoch=worker.epoch).SerializeToString()
         calls = []
         for _ in range(CONNECTIONS):
-            channel = grpc.aio.insecure_channel(
-                address, options=[*CHANNEL_OPTIONS, ("grpc.use_local_subchannel_pool", 1)]
-            )
+            channel = open_channel(target, [*CHANNEL_OPTIONS, ("grpc.use_local_subchannel_pool", 1)])
             renew = channel.unary_unary("/cbtm_api.v1.WorkerService/RenewLease")
             calls += [one(renew, request) for _ in range(IN_FLIGHT)]
         await asyncio.gather(*calls)
@@ -71,7 +69,7 @@ async def measure(
     report: Report, name: str, store: Store, target: Target, *, seconds: float, bar: float | None
 ) -> None:
     load = Load(target)
-    held = [await load.acquire(worker) for worker in make_workers(store, WORKERS + 1)]
+    held = [await load.acquire(worker) for worker in make_workers(store, WORKERS + 1, target.data_dir)]
     attacker = held.pop()
     context = multiprocessing.get_context("spawn")
     sent = context.Value("q", 0)
@@ -88,7 +86,7 @@ async def measure(
             late += 1
 
     quiet = await paced(renew, rate=RATE, seconds=seconds)
-    process = context.Process(target=flood, args=(target.grpc, attacker, sent), daemon=True)
+    process = context.Process(target=flood, args=(target, attacker, sent), daemon=True)
     process.start()
     try:
         while not sent.value:
@@ -118,7 +116,7 @@ def run(
     coordinator = stack.enter_context(running_coordinator(scratch / "coordinator", environment))
     store = Store(f"sqlite:///{scratch / 'coordinator' / 'registry.db'}")
     stack.callback(store.close)
-    target = Target(grpc=coordinator.address, http=coordinator.http_url, objects=coordinator.data_dir / "objects")
+    target = target_of(coordinator)
     fill(store, open_tasks=WORKERS + 1, name="flood")
     asyncio.run(measure(report, name, store, target, seconds=5.0 if quick else 30.0, bar=bar))
 

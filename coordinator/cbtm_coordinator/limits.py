@@ -101,13 +101,19 @@ class Limiter:
         self._refusals = Buckets(rates.refusals, clock=clock)
         self._registrations = Buckets(rates.registrations, burst_seconds=_REGISTRATION_BURST_SECONDS, clock=clock)
 
-    def admit(self, method: str, authorization: str, address: str) -> None:
-        """Counts a call, before its credential is looked at."""
-        if authorization:
+    def admit(self, method: str, caller: str, address: str) -> None:
+        """Counts a call of `caller`, before its credential is looked up; empty for a call without one.
+
+        What asks for a credential is signed anew each time, which would make each a caller of its own: those are
+        counted by address.
+        """
+        if caller:
             # Whoever guesses is stopped before the registry is asked.
             _check(self._refusals.wait(address), "calls with a credential that is not good", address)
-            digest = hashlib.sha256(authorization.encode()).hexdigest()
-            _check(self._calls.take(digest), "calls", "this credential")
+            if method.endswith("/IssueCredential"):
+                _check(self._calls.take(f"signed from {address}"), "requests for credentials", address)
+            else:
+                _check(self._calls.take(hashlib.sha256(caller.encode()).hexdigest()), "calls", "this caller")
         else:
             _check(self._anonymous.take(address), "calls without a token", address)
         if method.endswith("/Register"):

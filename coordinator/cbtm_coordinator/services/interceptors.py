@@ -178,7 +178,7 @@ class ServerInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  
     ) -> Any:
         _check_deadline(method, context.time_remaining())
         address = address_of(context.peer())
-        self._limiter.admit(method, authorization, address)
+        self._limiter.admit(method, self._authenticator.counted_as(authorization), address)
         request = await _only(requests)
         served.request_id = str(getattr(request, "request_id", ""))
 

@@ -22,7 +22,7 @@ from cbtm_api.v1 import resources_pb2 as pb
 from cbtm_api.v1 import worker_service_pb2 as ws
 from cbtm_common.errors import RateLimited, ResourceExhausted, Unauthenticated
 from cbtm_common.files import describe
-from cbtm_common.ids import new_request_id
+from cbtm_common.keys import new_key
 from cbtm_common.safetensors_header import MAX_HEADER_BYTES
 from cbtm_coordinator.limits import Quotas
 from cbtm_coordinator.storage import LocalStore
@@ -31,7 +31,7 @@ from cbtm_coordinator.storage.http_protocol import guarded_protocol
 from cbtm_coordinator.storage.signing import UrlSigner
 from tests.support.coordinator import RunningCoordinator, running_coordinator
 from tests.support.objects import TTL, serve
-from tests.support.raw_run import STEPS, RawWorker, checkpoint_folder, make_run
+from tests.support.raw_run import STEPS, RawWorker, checkpoint_folder, make_run, register_request
 
 pytestmark = pytest.mark.integration
 
@@ -79,11 +79,7 @@ def test_calls_that_are_opened_and_send_no_request_hold_up_nobody(coordinator: R
     with contextlib.ExitStack() as stack:
         stack.callback(done.set)
         for number in range(2):
-            channel = stack.enter_context(
-                grpc.insecure_channel(
-                    coordinator.target, options=[("grpc.use_local_subchannel_pool", 1), ("n", number)]
-                )
-            )
+            channel = stack.enter_context(coordinator.channel([("grpc.use_local_subchannel_pool", 1), ("n", number)]))
             for method in ("WorkerService/RenewLease", "CatalogService/ListRuns"):
                 half_open = channel.stream_unary(f"/cbtm_api.v1.{method}")
                 for _ in range(2 * THREADS):
@@ -99,7 +95,7 @@ def test_streams_that_are_left_open_hold_up_nobody(coordinator: RunningCoordinat
         done.wait(60)
         yield from ()
 
-    with contextlib.ExitStack() as stack, grpc.insecure_channel(coordinator.target) as channel:
+    with contextlib.ExitStack() as stack, coordinator.channel() as channel:
         stack.callback(done.set)
         info = channel.stream_stream("/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo")
         watch = channel.unary_stream("/grpc.health.v1.Health/Watch")
@@ -111,7 +107,7 @@ def test_streams_that_are_left_open_hold_up_nobody(coordinator: RunningCoordinat
 
 
 def test_questions_in_one_stream_count_like_calls(coordinator: RunningCoordinator) -> None:
-    with grpc.insecure_channel(coordinator.target) as channel:
+    with coordinator.channel() as channel:
         info = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo
         asked = reflection_pb2.ServerReflectionRequest(list_services="")
         with pytest.raises(grpc.RpcError, match="too many calls without a token"):
@@ -120,7 +116,7 @@ def test_questions_in_one_stream_count_like_calls(coordinator: RunningCoordinato
 
 
 def test_a_call_without_a_deadline_is_refused(coordinator: RunningCoordinator) -> None:
-    with grpc.insecure_channel(coordinator.target) as channel:
+    with coordinator.channel() as channel:
         call = channel.unary_unary("/cbtm_api.v1.CatalogService/ListRuns")
         with pytest.raises(grpc.RpcError, match="deadline: ListRuns needs one of at most 900 s"):
             call(b"")
@@ -138,8 +134,8 @@ def test_a_worker_over_its_rate_is_told_how_long_to_wait_and_others_are_served(
 
 def _flood(coordinator: RunningCoordinator, worker: RawWorker) -> None:
     lease = worker.lease()
-    secret = worker.connection.credential
-    with grpc.insecure_channel(coordinator.target) as channel:
+    secret = worker.bearer
+    with coordinator.channel() as channel:
         renew = channel.unary_unary("/cbtm_api.v1.WorkerService/RenewLease")
         request = ws.RenewLeaseRequest(lease_id=lease.id, epoch=lease.epoch).SerializeToString()
         metadata = (("authorization", f"Bearer {secret}"),)
@@ -161,11 +157,9 @@ def _flood(coordinator: RunningCoordinator, worker: RawWorker) -> None:
 
 def test_registrations_of_one_address_are_bounded(coordinator: RunningCoordinator, worker: RawWorker) -> None:
     with coordinator.connect(coordinator.token("join"), attempts=1) as connection:
-        request = ws.RegisterRequest(name="many", hardware=pb.Hardware(device_type="cpu"), version="0.1.0")
 
         def register() -> None:
-            request.request_id = new_request_id()
-            connection.worker.Register(request)
+            connection.worker.Register(register_request(new_key(), name="many", version="0.1.0"))
 
         with pytest.raises(RateLimited, match="registrations"):  # noqa: PT012 - how many there are before is not told
             for _ in range(20):

@@ -214,6 +214,21 @@ def test_a_credential_is_good_for_its_life_and_in_the_form_it_was_given_in(regis
         check.check(_ACQUIRE, bearer)
 
 
+def test_all_credentials_of_a_worker_are_one_caller_and_no_others(registry: Registry) -> None:
+    """Whoever fetches many has no more than one's rate, and whoever makes one up takes nothing of another's."""
+    worker_id, key = _worker(registry)
+    authenticator = _authenticator(registry)
+    first = _bearer(registry, worker_id, key)
+    registry.clock.advance(10)
+    second = _bearer(registry, worker_id, key)
+    assert first != second
+    assert authenticator.counted_as(first) == authenticator.counted_as(second)
+    other_id, other_key = _worker(registry)
+    strangers = [first[:-1] + ("0" if first[-1] != "0" else "1"), _bearer(registry, other_id, other_key), ""]
+    assert authenticator.counted_as(first) not in {authenticator.counted_as(stranger) for stranger in strangers}
+    assert authenticator.counted_as("Bearer token") == authenticator.counted_as(" bearer   token ".strip())
+
+
 def test_a_replaced_key_is_good_for_nothing_and_what_it_got_neither(registry: Registry) -> None:
     worker, key = _worker(registry)
     bearer = _bearer(registry, worker, key)

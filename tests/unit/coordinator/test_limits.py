@@ -8,6 +8,7 @@ from cbtm_common.errors import RateLimited
 from cbtm_coordinator.limits import Buckets, Limiter, Rates, address_of
 
 REGISTER = "/cbtm_api.v1.WorkerService/Register"
+ISSUE = "/cbtm_api.v1.WorkerService/IssueCredential"
 RENEW = "/cbtm_api.v1.WorkerService/RenewLease"
 
 
@@ -70,6 +71,15 @@ def test_registrations_are_counted_by_address_whatever_the_token(clock: Clock) -
     with pytest.raises(RateLimited, match="registrations"):
         limiter.admit(REGISTER, "Bearer another", "192.0.2.1")
     limiter.admit(RENEW, "Bearer another", "192.0.2.1")
+
+
+def test_requests_for_credentials_are_counted_by_address_for_each_is_signed_anew(clock: Clock) -> None:
+    limiter = Limiter(Rates(calls=1.0), clock=clock)
+    for number in range(10):
+        limiter.admit(ISSUE, f"Signature {number}", "192.0.2.1")
+    with pytest.raises(RateLimited, match="requests for credentials"):
+        limiter.admit(ISSUE, "Signature another", "192.0.2.1")
+    limiter.admit(ISSUE, "Signature another", "192.0.2.2")
 
 
 @pytest.mark.parametrize(
