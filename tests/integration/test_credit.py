@@ -45,7 +45,7 @@ def worker(
         made.save(lease, STEPS, checkpoint_folder(folder / "checkpoint", final=True))
         made.release(lease)
         slot = take_slot(folder / "cache", coordinator.target)
-        slot.save(Identity(worker_id=made.id, credential=str(made.connection.credential)))
+        slot.save(Identity(worker_id=made.id, private_key=made.key.hex(), fingerprint=made.connection.fingerprint))
         # Held, as by a worker that is at work.
         yield made, WorkerConfig(coordinator=coordinator.target, token=None, cache_dir=folder / "cache")
         slot.release()

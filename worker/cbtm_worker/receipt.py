@@ -7,6 +7,7 @@ from cbtm_common.errors import InvalidState
 from cbtm_common.rpc import connect
 from cbtm_worker.config import WorkerConfig
 from cbtm_worker.identity import any_identity
+from cbtm_worker.session import Session
 
 _CONNECT_SECONDS = 10.0
 
@@ -19,5 +20,6 @@ def fetch_receipt(config: WorkerConfig) -> str:
             f"no worker of {config.cache_dir} has joined {config.coordinator}; pass the --coordinator and --cache-dir "
             "that it joined with"
         )
-    with connect(config.coordinator, credential=identity.credential, attempts=3) as connection:
+    with connect(config.coordinator, fingerprint=identity.fingerprint, attempts=3) as connection:
+        Session(connection).use(identity)
         return connection.worker.GetReceipt(ws.GetReceiptRequest(), timeout=_CONNECT_SECONDS).receipt
