@@ -233,7 +233,7 @@ CHAINS = [
         name="coordinator-transactions",
         run=coordinators_die,
         faults=kills(
-            *(f"database.commit.{place}@{number}" for number in (3, 5, 8) for place in ("before", "after")),
+            *(f"database.commit.{place}@{number}" for number in (2, 4, 6) for place in ("before", "after")),
         ),
     ),
     Chain(

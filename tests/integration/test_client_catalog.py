@@ -115,7 +115,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TrainedRun]:
         for name in ("tiny", "tiny-dense"):
             made.train(name)
         made.create("young")
-        yield made
+        with pytest.MonkeyPatch.context() as patched:
+            # Who has no token to know the coordinator by.
+            patched.setenv("CBTM_CA_FILE", str(data / "tls" / "ca.pem"))
+            yield made
     finally:
         server.terminate()
         server.communicate(timeout=30)
