@@ -295,7 +295,8 @@ def test_there_is_a_scene_for_every_mutation_and_for_nothing_else() -> None:
 
 def test_what_takes_no_request_id_is_a_question() -> None:
     """So that no mutation can be added without one: a method is a question by its name, or it is listed above."""
-    questions = ("Get", "List", "Route", "Probe", "PrepareDownload")
+    # A receipt says what the ledger says; asking again signs it again.
+    questions = ("Get", "List", "Route", "Probe", "PrepareDownload", "IssueReceipt")
     for module in (ws, cs, ad):
         for service in module.DESCRIPTOR.services_by_name.values():
             for method in service.methods:

@@ -71,6 +71,8 @@ class FaultProxy:
         self._ready.set()
         self._loop.run_forever()
         server.close()
+        # A task that is cancelled before its first step would close nothing.
+        self._loop.run_until_complete(asyncio.sleep(0))
         tasks = asyncio.all_tasks(self._loop)
         for task in tasks:
             task.cancel()
