@@ -23,8 +23,8 @@ pytestmark = pytest.mark.integration
 DOCUMENTS_OF_EACH_DOMAIN = 40
 RECIPE = """
 sequence_length = 32
-global_batch = 8
-steps = 40
+global_batch = 4
+steps = 80
 precision = "fp32"
 held_out_fraction = 0.2
 
@@ -33,6 +33,7 @@ learning_rate = 5e-3
 
 [seed_phase]
 fraction = 0.5
+global_batch = 8
 warmup_steps = 5
 
 [lease]

@@ -142,6 +142,7 @@ def add_sizes(tx: Connection, checkpoint_id: str, sizes: Sizes) -> None:
 
 def _expectation(tx: Connection, known: _Known, checkpoint: CheckpointRecord, task: TaskRecord) -> Expectation:
     seed_task = task.kind is TaskKind.SEED
+    recipe = known.recipe.for_seed() if seed_task else known.recipe
     start = before = known.architecture.sizes
     before_step = 0
     if known.architecture.tensors:
@@ -154,8 +155,8 @@ def _expectation(tx: Connection, known: _Known, checkpoint: CheckpointRecord, ta
             before, before_step = sizes, newest.step
     return Expectation(
         architecture=known.architecture,
-        optimizer=known.recipe.optimizer,
-        learning_rate=known.recipe.peak_learning_rate(seed=seed_task),
+        optimizer=recipe.optimizer,
+        learning_rate=recipe.peak_learning_rate(seed=seed_task),
         step=checkpoint.step,
         total_steps=task.total_steps,
         state={
@@ -164,7 +165,7 @@ def _expectation(tx: Connection, known: _Known, checkpoint: CheckpointRecord, ta
             "kind": task.kind.value.lower(),
             "step": checkpoint.step,
             "total_steps": task.total_steps,
-            "recipe_sha256": known.recipe.training_sha256(),
+            "recipe_sha256": recipe.training_sha256(),
             "data_key": known.run_id if seed_task else task.cluster_id,
         },
         start=start,
