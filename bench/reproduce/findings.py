@@ -6,8 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import numpy as np
-
 from bench.reproduce import mixing, token_terms
 from bench.reproduce.mixing import Float64, Perplexity
 from bench.reproduce.scores import Documents, Reader, Scores
@@ -202,8 +200,3 @@ class _Contender:
 def one(rows: Sequence[Row], **wanted: Any) -> list[Row]:
     """Rows whose fields are as wanted."""
     return [row for row in rows if all(getattr(row, name) == value for name, value in wanted.items())]
-
-
-def mean(rows: Sequence[Row | DenseRow], name: str) -> float:
-    """Over seeds."""
-    return float(np.mean([getattr(row, name) for row in rows]))

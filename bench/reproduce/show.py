@@ -13,7 +13,6 @@ from bench.report import Report
 from bench.reproduce.findings import Findings, Row, one
 from bench.reproduce.mixing import POLICIES
 
-_K = {0: "all"}
 # Okabe and Ito's colours.
 _COLOURS = ("#0072B2", "#009E73", "#CC79A7", "#E69F00")
 _DENSE = "#D55E00"

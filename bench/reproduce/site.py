@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -124,20 +124,19 @@ class Site:
         # Every --data-dir names its own coordinator, which serves while this one asks it.
         self._processes.run(f"run {command}", ["cbtm-coord", "run", command, *arguments, "--data-dir", str(self._data)])
 
-    def wait(self, names: Sequence[str], *, until: Callable[[Facts], bool] | None = None) -> None:
-        """Trains until these runs are complete, or `until` is true of each. Raises ProcessFailed."""
-        done = until or (lambda facts: facts["state"] == "COMPLETE")
+    def wait(self, names: Sequence[str]) -> None:
+        """Trains until these runs are complete. Raises ProcessFailed."""
         pause = threading.Event()
         with self._bars:
             while True:
                 self._processes.check()
                 facts = {name: self._fresh(name) for name in self._runs}
-                trained = sum(f["trained_share"] * self._trains(f) for f in facts.values())
+                trained = sum(f["trained_share"] * f["budget_tokens"] for f in facts.values())
                 self._bars.update(self._bar, completed=round(trained / 1e6, 1))
                 failed = [f for f in facts.values() if f["state"] == "FAILED"]
                 if failed:
                     raise ProcessFailed("; ".join(f"{f['run']}: {f['reason']}" for f in failed))
-                if all(done(facts[name]) for name in names):
+                if all(facts[name]["state"] == "COMPLETE" for name in names):
                     return
                 pause.wait(_POLL_SECONDS)
 
@@ -146,7 +145,3 @@ class Site:
         if found is None:
             raise ProcessFailed(f"run {name} has been deleted")
         return found
-
-    @staticmethod
-    def _trains(facts: Facts) -> float:
-        return float(facts["budget_tokens"])

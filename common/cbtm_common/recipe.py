@@ -182,6 +182,10 @@ class Recipe(_Strict):
         batch = self.seed_phase.global_batch
         return self if batch is None else self.model_copy(update={"global_batch": batch})
 
+    def of_task(self, *, seed: bool) -> Recipe:
+        """What a task trains by: the SEED task `for_seed`, any other this."""
+        return self.for_seed() if seed else self
+
     def step_tokens(self) -> int:
         """Tokens of one optimizer step."""
         return self.global_batch * self.sequence_length

@@ -39,7 +39,7 @@ class CheckRunner:
         self._check = spec.check
         self._heartbeat = heartbeat
         recipe = Recipe.from_json(spec.run.recipe_json)
-        self._recipe = recipe.for_seed() if spec.check.subject.kind == pb.TASK_KIND_SEED else recipe
+        self._recipe = recipe.of_task(seed=spec.check.subject.kind == pb.TASK_KIND_SEED)
         self._folder = context.tasks_dir / spec.task.id
         self._view = TaskView(
             run=spec.run.name, what=describe_task(spec.task), total_steps=spec.task.total_steps, phase="download"

@@ -77,7 +77,7 @@ class TaskRunner:
             recipe = Recipe.from_json(spec.run.recipe_json)
         except InvalidArgument as error:
             raise Unfit(f"this cbtm does not know the run's recipe; upgrade it ({error.message})") from error
-        self._recipe = recipe.for_seed() if spec.task.kind == pb.TASK_KIND_SEED else recipe
+        self._recipe = recipe.of_task(seed=spec.task.kind == pb.TASK_KIND_SEED)
         drop_other_tasks(context.tasks_dir, keep=spec.task.id, now=time.time())
         self._local = LocalCheckpoints(context.tasks_dir / spec.task.id)
         if not continued and self._local.committed_step > spec.task.committed_step:

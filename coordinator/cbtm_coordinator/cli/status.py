@@ -135,7 +135,7 @@ def run_facts(connection: Connection, run: str) -> dict[str, Any]:
         )
     run_message = answer.run
     recipe = Recipe.from_json(run_message.recipe_json)
-    step_tokens = {t["task"]: (recipe.for_seed() if t["kind"] == "SEED" else recipe).step_tokens() for t in tasks}
+    step_tokens = {t["task"]: recipe.of_task(seed=t["kind"] == "SEED").step_tokens() for t in tasks}
     trained, total = (sum(t[field] * step_tokens[t["task"]] for t in tasks) for field in ("step", "total_steps"))
     remaining = answer.HasField("estimated_remaining")
     return {

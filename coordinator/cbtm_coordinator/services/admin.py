@@ -528,7 +528,7 @@ def _remaining(run: RunRecord, found: list[TaskRecord], live: dict[str, LeaseRec
     for task in found:
         if task.state not in (TaskState.DONE, TaskState.FAILED):
             at = max(task.committed_step, live[task.id].step if task.id in live else 0)
-            phase = recipe.for_seed() if task.kind is TaskKind.SEED else recipe
+            phase = recipe.of_task(seed=task.kind is TaskKind.SEED)
             tokens += (task.total_steps - at) * phase.step_tokens()
     seconds = tokens / speed
     return timedelta(seconds=seconds) if 0 <= seconds < _MAX_REMAINING.total_seconds() else None

@@ -142,7 +142,7 @@ def add_sizes(tx: Connection, checkpoint_id: str, sizes: Sizes) -> None:
 
 def _expectation(tx: Connection, known: _Known, checkpoint: CheckpointRecord, task: TaskRecord) -> Expectation:
     seed_task = task.kind is TaskKind.SEED
-    recipe = known.recipe.for_seed() if seed_task else known.recipe
+    recipe = known.recipe.of_task(seed=seed_task)
     start = before = known.architecture.sizes
     before_step = 0
     if known.architecture.tensors:

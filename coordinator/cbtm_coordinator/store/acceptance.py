@@ -155,7 +155,7 @@ def _decide_submitted(tx: Connection, now: datetime, run: RunRecord, task: TaskR
         evaluation,
         _history(tx, run, task),
         claimed_loss=_number(json.loads(checkpoint.metrics_json or "{}").get("loss")),
-        batch_sequences=(recipe.for_seed() if task.kind is TaskKind.SEED else recipe).global_batch,
+        batch_sequences=recipe.of_task(seed=task.kind is TaskKind.SEED).global_batch,
     )
     evidence = {"checkpoint_id": checkpoint.id, "reports": settled.reason, **verdict.evidence}
     if verdict.outcome is Outcome.FAILED:

@@ -69,7 +69,7 @@ def earn(tx: Connection, now: datetime, task: TaskRecord, checkpoint: Checkpoint
     """Credits the segments that an accepted checkpoint is made of, but for those that were before."""
     run = runs.get_by_id(tx, task.run_id)
     recipe = Recipe.from_json(run.recipe_json)
-    step_tokens = (recipe.for_seed() if task.kind is TaskKind.SEED else recipe).step_tokens()
+    step_tokens = recipe.of_task(seed=task.kind is TaskKind.SEED).step_tokens()
     entries = [
         {
             "kind": CreditKind.EARNED.value,
