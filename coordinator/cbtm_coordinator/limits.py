@@ -23,6 +23,10 @@ _BURST_SECONDS = 10.0
 # Registrations come together: a cluster's machines are started at once, behind one address.
 _REGISTRATION_BURST_SECONDS = 600.0
 _MOST_KEYS = 100_000
+# Of a token: what sums of seconds times rates are off by, and less.
+_ROUNDING = 1e-9
+# Waits are told in tenths of a second, rounded up.
+_WAITS_PER_SECOND = 10
 # Of a checkpoint: weights in float32 and AdamW's two moments are 12 bytes a parameter.
 _STATE_BYTES = 16
 _SLACK_BYTES = 64 << 20
@@ -48,7 +52,10 @@ class Buckets:
 
     def wait(self, key: str) -> float:
         """Seconds until there is a token; 0 when there is one."""
-        return 0.0 if not self._per_second else max(0.0, 1.0 - self._tokens(key)) / self._per_second
+        if not self._per_second:
+            return 0.0
+        missing = 1.0 - self._tokens(key)
+        return missing / self._per_second if missing > _ROUNDING else 0.0
 
     def take(self, key: str) -> float:
         """Takes a token when there is one; `wait`, as it was before."""
@@ -126,7 +133,9 @@ class Limiter:
 
 def _check(wait: float, what: str, whose: str) -> None:
     if wait:
-        raise RateLimited(f"too many {what} from {whose}; wait {wait:.1f} s", retry_after=wait)
+        # Whoever waits as long as it is told is served.
+        told = math.ceil(wait * _WAITS_PER_SECOND) / _WAITS_PER_SECOND
+        raise RateLimited(f"too many {what} from {whose}; wait {told:.1f} s", retry_after=told)
 
 
 def address_of(peer: str) -> str:

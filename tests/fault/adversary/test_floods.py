@@ -39,10 +39,9 @@ THREADS = 8
 LEASES, UPLOADS = 2, 1
 
 
-@pytest.fixture(scope="module")
-def coordinator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningCoordinator]:
+@contextlib.contextmanager
+def limited_coordinator(folder: Path) -> Iterator[RunningCoordinator]:
     """With small limits, so that a flood is short. A run of many clusters is open."""
-    folder = tmp_path_factory.mktemp("floods")
     limits = {
         "CBTM_CALLS_PER_SECOND": "5",
         "CBTM_REFUSALS_PER_SECOND": "0.2",
@@ -54,6 +53,20 @@ def coordinator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningCoo
     with running_coordinator(folder, **limits) as running:
         with running.connect(running.token("admin")) as admin:
             make_run(admin, folder, clusters=8)
+        yield running
+
+
+@pytest.fixture(scope="module")
+def coordinator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningCoordinator]:
+    """For tests that leave the others what they need."""
+    with limited_coordinator(tmp_path_factory.mktemp("floods")) as running:
+        yield running
+
+
+@pytest.fixture
+def alone(tmp_path: Path) -> Iterator[RunningCoordinator]:
+    """For a test that uses up what all callers of its address share."""
+    with limited_coordinator(tmp_path) as running:
         yield running
 
 
@@ -106,13 +119,13 @@ def test_streams_that_are_left_open_hold_up_nobody(coordinator: RunningCoordinat
         assert is_served(coordinator)
 
 
-def test_questions_in_one_stream_count_like_calls(coordinator: RunningCoordinator) -> None:
-    with coordinator.channel() as channel:
+def test_questions_in_one_stream_count_like_calls(alone: RunningCoordinator) -> None:
+    with alone.channel() as channel:
         info = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo
         asked = reflection_pb2.ServerReflectionRequest(list_services="")
         with pytest.raises(grpc.RpcError, match="too many calls without a token"):
             list(info(itertools.repeat(asked, 5000), timeout=60))
-    assert is_served(coordinator)
+    assert is_served(alone)
 
 
 def test_a_call_without_a_deadline_is_refused(coordinator: RunningCoordinator) -> None:
@@ -155,8 +168,11 @@ def _flood(coordinator: RunningCoordinator, worker: RawWorker) -> None:
     worker.release(lease, ws.RELEASE_REASON_PREEMPTED)
 
 
-def test_registrations_of_one_address_are_bounded(coordinator: RunningCoordinator, worker: RawWorker) -> None:
-    with coordinator.connect(coordinator.token("join"), attempts=1) as connection:
+def test_registrations_of_one_address_are_bounded(alone: RunningCoordinator) -> None:
+    with (
+        contextlib.closing(RawWorker(alone)) as worker,
+        alone.connect(alone.token("join"), attempts=1) as connection,
+    ):
 
         def register() -> None:
             connection.worker.Register(register_request(new_key(), name="many", version="0.1.0"))
@@ -164,8 +180,8 @@ def test_registrations_of_one_address_are_bounded(coordinator: RunningCoordinato
         with pytest.raises(RateLimited, match="registrations"):  # noqa: PT012 - how many there are before is not told
             for _ in range(20):
                 register()
-    # Who is registered works on.
-    assert worker.calls.Probe(ws.ProbeRequest()).server_version
+        # Who is registered works on.
+        assert worker.calls.Probe(ws.ProbeRequest()).server_version
 
 
 def test_a_worker_holds_no_more_leases_than_it_may(worker: RawWorker) -> None:
@@ -210,11 +226,10 @@ def test_a_worker_cannot_fill_the_store_with_what_it_never_commits(worker: RawWo
     worker.release(again, ws.RELEASE_REASON_PREEMPTED)
 
 
-def test_who_guesses_credentials_is_stopped_before_the_registry_is_asked(coordinator: RunningCoordinator) -> None:
-    """Last: every credential from here is refused for some seconds."""
+def test_who_guesses_credentials_is_stopped_before_the_registry_is_asked(alone: RunningCoordinator) -> None:
     outcomes = []
     for guess in range(8):
-        with coordinator.connect(f"cbtm_worker_guess{guess}", attempts=1) as connection:
+        with alone.connect(f"cbtm_worker_guess{guess}", attempts=1) as connection:
             try:
                 connection.worker.Probe(ws.ProbeRequest())
             except (Unauthenticated, RateLimited) as error:

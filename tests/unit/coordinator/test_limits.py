@@ -51,6 +51,21 @@ def test_buckets_stay_few_and_the_one_in_use_is_kept(clock: Clock) -> None:
     assert len(buckets._known) == 10
 
 
+@pytest.mark.parametrize("rate", [0.3, 1.0, 3.0, 7.0, 20.0, 33.0])
+def test_who_waits_as_long_as_it_is_told_is_served(clock: Clock, rate: float) -> None:
+    limiter = Limiter(Rates(anonymous_calls=rate), clock=clock)
+    waited = []
+    for _ in range(500):
+        try:
+            limiter.admit(RENEW, "", "192.0.2.1")
+        except RateLimited as refused:
+            waited.append(refused.message)
+            clock.now += float(refused.message.split()[-2])
+            limiter.admit(RENEW, "", "192.0.2.1")
+    assert len(waited) > 20
+    assert not any("wait 0.0 s" in message for message in waited)
+
+
 def test_who_guesses_credentials_is_stopped_and_nobody_else(clock: Clock) -> None:
     limiter = Limiter(Rates(refusals=1.0), clock=clock)
     for guess in range(10):
