@@ -44,6 +44,10 @@ MAX_MESSAGE_BYTES = 4 * 1024 * 1024
 KEEPALIVE_SECONDS = 30
 HTTP_PORT_METADATA = "cbtm-http-port"
 _AUTHORIZATION = "authorization"
+# A caller that leaves tries a call again for so long: a coordinator that restarts is back by then.
+_LEAVING_SECONDS = 15.0
+# A wait between attempts looks this often whether its caller leaves.
+_LOOK_SECONDS = 0.1
 
 CHANNEL_OPTIONS: Sequence[tuple[str, int]] = (
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
@@ -178,6 +182,7 @@ class _Interceptor(grpc.UnaryUnaryClientInterceptor):  # type: ignore[type-arg] 
         policy: RetryPolicy,
         on_metadata: Callable[[str], None],
         closed: threading.Event,
+        leaving: threading.Event,
     ) -> None:
         self._target = target
         self._credential = credential
@@ -185,12 +190,14 @@ class _Interceptor(grpc.UnaryUnaryClientInterceptor):  # type: ignore[type-arg] 
         self._policy = policy
         self._on_metadata = on_metadata
         self._closed = closed
+        self._leaving = leaving
 
     def intercept_unary_unary(self, continuation: Any, client_call_details: Any, request: Any) -> Any:
         own = list(client_call_details.metadata or ())
         # What the caller itself signed is good once.
         signed = any(key == _AUTHORIZATION for key, _ in own)
         attempt, refreshed = 0, False
+        begun = time.monotonic()
         while True:
             secret: str | None = None
             try:
@@ -208,9 +215,21 @@ class _Interceptor(grpc.UnaryUnaryClientInterceptor):  # type: ignore[type-arg] 
                     raise
                 cause = error.__cause__
                 asked = retry_delay_of(cause) if isinstance(cause, grpc.RpcError) else None
-                if self._closed.wait(asked or self._policy.delay(attempt, random.random())):
+                if self._is_over(asked or self._policy.delay(attempt, random.random()), begun):
                     raise
                 attempt += 1
+
+    def _is_over(self, seconds: float, begun: float) -> bool:
+        """Waits before the next attempt; whether there shall be none."""
+        end = time.monotonic() + seconds
+        while not self._closed.is_set():
+            now = time.monotonic()
+            if self._leaving.is_set() and now - begun > _LEAVING_SECONDS:
+                return True
+            if now >= end:
+                return False
+            self._closed.wait(min(_LOOK_SECONDS, end - now))
+        return True
 
     def _attempt(self, continuation: Any, given: Any, own: list[Any], secret: str | None, request: Any) -> Any:
         """The call, when it went well. Raises what the server raised, typed."""
@@ -264,7 +283,8 @@ class Connection:
 
     `target` is `host:port`. `token` may carry the fingerprint of the coordinator's authority, or else
     `fingerprint` is it; `security` is what else is known of it. The credential may be set later (a worker gets one by
-    registering). `timeout` is in seconds for each attempt. Errors are `CbtmError`s.
+    registering). `timeout` is in seconds for each attempt. Once `leaving` is set, no call is tried again that was begun
+    more than a few seconds before. Errors are `CbtmError`s.
     """
 
     def __init__(
@@ -276,6 +296,7 @@ class Connection:
         security: Security | None = None,
         timeout: float = 30.0,
         policy: RetryPolicy | None = None,
+        leaving: threading.Event | None = None,
     ) -> None:
         self.target = target
         self.host, self._port = host_and_port(target)
@@ -296,6 +317,7 @@ class Connection:
             policy=policy or RetryPolicy(),
             on_metadata=self._note_http_port,
             closed=self._closed,
+            leaving=leaving or threading.Event(),
         )
         calls: Any = _ByName(self._open)
         intercepted = grpc.intercept_channel(calls, interceptor)
@@ -382,10 +404,19 @@ def connect(
     security: Security | None = None,
     timeout: float = 30.0,
     attempts: int = 6,
+    leaving: threading.Event | None = None,
 ) -> Connection:
     """A Connection to the coordinator at `target`; no byte is sent until the first call.
 
     `security` is the environment's (`Security.from_environment`) where it is not given.
     """
     policy = RetryPolicy(attempts=attempts)
-    return Connection(target, token=token, fingerprint=fingerprint, security=security, timeout=timeout, policy=policy)
+    return Connection(
+        target,
+        token=token,
+        fingerprint=fingerprint,
+        security=security,
+        timeout=timeout,
+        policy=policy,
+        leaving=leaving,
+    )

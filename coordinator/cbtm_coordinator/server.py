@@ -10,6 +10,7 @@ import logging
 import socket
 import ssl
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from importlib.metadata import version
@@ -39,6 +40,8 @@ from cbtm_coordinator.store import Store
 from cbtm_coordinator.tls import Certificates
 
 _log = logging.getLogger(__name__)
+# After the calls are over: what runs beside them may be in the midst of a request to a store that does not answer.
+_CLOSE_SECONDS = 2.0
 _SERVICES = (WORKER_SERVICE, CATALOG_SERVICE, ADMIN_SERVICE, "grpc.health.v1.Health", reflection.SERVICE_NAME)
 
 
@@ -166,16 +169,22 @@ class Coordinator:
         self._reaper.start()
 
     def stop(self) -> None:
-        """Drains: refuses new calls, finishes those in progress, closes everything."""
+        """Drains: refuses new calls, finishes those in progress for `drain_seconds` at most, closes everything.
+
+        What does not end by then is left: a thread may be waiting for a database or a store that does not answer.
+        """
+        ends = time.monotonic() + self.config.drain_seconds
         self._grpc.leave()
         self._draining.set()
         self._grpc.stop(self.config.drain_seconds)
         self._executor.shutdown(wait=False)
         if self._http is not None and self._http_thread is not None:
             self._http.should_exit = True
-            self._http_thread.join(self.config.drain_seconds)
-        self._reaper.close()
-        self._verifier.close()
+            self._http_thread.join(max(_CLOSE_SECONDS, ends - time.monotonic()))
+        if not self._reaper.close(_CLOSE_SECONDS):
+            _log.info("housekeeping is left in the midst of a round; the next coordinator finishes it")
+        if not self._verifier.close(_CLOSE_SECONDS):
+            _log.info("a check of a checkpoint is broken off; it begins anew when its worker asks again")
         self.store.close()
 
 

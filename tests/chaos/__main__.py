@@ -27,12 +27,24 @@ from tests.chaos.storm import Outcome, Storm
 # One fault in so many seconds, on average.
 EVERY = 1.6
 _BAR = 200
+CALM_SECONDS = 240.0
 
 
-def weather(seed: int, *, seconds: float, every: float, folder: Path, progress: Progress | None = None) -> Outcome:
-    """A calm run for comparison, then the storm. Logs and caches lie in `folder`."""
+def weather(
+    seed: int,
+    *,
+    seconds: float,
+    every: float,
+    folder: Path,
+    calm_seconds: float = CALM_SECONDS,
+    progress: Progress | None = None,
+) -> Outcome:
+    """A calm run for comparison, then the storm. Logs and caches lie in `folder`.
+
+    The calm run, and what is left to do after the storm, may each take `calm_seconds`.
+    """
     with parts(seed, folder=folder) as made:
-        undisturbed = calm_experts(made)
+        undisturbed = calm_experts(made, seconds=calm_seconds)
         bar = progress.add_task("", total=seconds) if progress else None
         begun: list[float] = []
         with made.copy("storm") as site:
@@ -45,7 +57,8 @@ def weather(seed: int, *, seconds: float, every: float, folder: Path, progress: 
                     text = f"{outcome.survived + made.store_proxy.injected.total()} faults"
                     progress.update(bar, advance=every, description=text)
 
-            return Storm(site, undisturbed).rage(seed, seconds=seconds, every=every, on_fault=on_fault)
+            storm = Storm(site, undisturbed, calm_seconds=calm_seconds)
+            return storm.rage(seed, seconds=seconds, every=every, on_fault=on_fault)
 
 
 def show(outcome: Outcome, console: Console) -> None:

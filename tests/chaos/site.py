@@ -11,7 +11,8 @@ import json
 import shutil
 import signal
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from psycopg.rows import dict_row
 from cbtm_api.v1 import admin_service_pb2 as ad
 from cbtm_common.ids import new_request_id
 from cbtm_common.rpc import Connection, connect
+from tests.chaos import checks
 from tests.support.postgres import PostgresServer
 from tests.support.proxy import FaultProxy
 from tests.support.run_fixture import MODEL, _free_port, write_corpus, zygote
@@ -36,6 +38,8 @@ LEASE_SECONDS = 3.0
 STEP_SECONDS = 0.05
 # Orphans are collected when they are so old, in seconds.
 GRACE_SECONDS = 6.0
+# Who is asked to leave has left by then: coordinators and the store answer, so there is nothing to wait for.
+LEAVE_SECONDS = 30.0
 RECIPE = f"""
 sequence_length = 32
 global_batch = 2
@@ -194,25 +198,19 @@ class Site:
         return child
 
     def stop(self) -> list[str]:
-        """All are asked to leave; who does not leave well, as sentences."""
-        found = []
-        for child in [*self.workers, *self.coordinators]:
-            child.send(signal.SIGCONT)
-            child.send(signal.SIGTERM)
-            try:
-                code = child.wait(60)
-            except AssertionError:
-                found.append(f"{child.log.name} did not leave within 60 s")
-            else:
-                found += [f"{child.log.name} left with exit code {code}"] if code else []
-        return found
+        """All are asked to leave, workers first; who does not leave well, with what there is to tell why."""
+        return [*_ended(self.workers), *_ended(self.coordinators)]
+
+    def evidence(self) -> str:
+        """Of each process that should run: the end of its log, and its stacks."""
+        return "\n".join(f"{child.log.name}:\n{child.evidence()}" for child in [*self.workers, *self.coordinators])
 
     # As the owner
 
     @property
     def connection(self) -> Connection:
         if self._connection is None:
-            self._connection = connect(self.target, token=self.token("admin"), attempts=20)
+            self._connection = connect(self.target, token=self.token("admin"), timeout=10, attempts=6)
         return self._connection
 
     def set_paused(self, paused: bool) -> None:
@@ -268,6 +266,23 @@ class Site:
         self.link.__exit__(None, None, None)
 
 
+def _ended(children: Sequence[Child]) -> list[str]:
+    """Asks all of them at once; what was wrong with their leaving."""
+    for child in children:
+        child.send(signal.SIGCONT)
+        child.send(signal.SIGTERM)
+    end = time.monotonic() + LEAVE_SECONDS
+    found = []
+    for child in children:
+        try:
+            code = child.wait(max(0.0, end - time.monotonic()))
+        except AssertionError as error:
+            found.append(f"{child.log.name} did not leave within {LEAVE_SECONDS:.0f} s: {error}")
+        else:
+            found += [f"{child.log.name} left with exit code {code}: {child.evidence()}"] if code else []
+    return found
+
+
 @contextlib.contextmanager
 def parts(seed: int, *, folder: Path) -> Iterator[Parts]:
     """All servers, started; ended on leaving. `folder` keeps the logs."""
@@ -282,14 +297,20 @@ def parts(seed: int, *, folder: Path) -> Iterator[Parts]:
         yield Parts(postgres, seaweed, proxy, folder)
 
 
-def calm_experts(parts: Parts) -> dict[int, dict[str, str]]:
-    """Of each cluster, -1 for the seed: the files of its expert when nothing goes wrong, with their SHA-256."""
+def calm_experts(parts: Parts, *, seconds: float) -> dict[int, dict[str, str]]:
+    """Of each cluster, -1 for the seed: the files of its expert when nothing goes wrong, with their SHA-256.
+
+    Raises TimeoutError when that takes longer than `seconds`.
+    """
     from tests.support.run_fixture import files_from_json
 
     with parts.copy("calm") as site:
         site.start_coordinators()
         site.start_workers()
-        until(lambda: all(row["state"] == "DONE" for row in site.rows("SELECT state FROM tasks")), "the calm run", 300)
+        try:
+            until(lambda: not checks.unfinished(site.rows("SELECT * FROM tasks")), "the calm run", seconds)
+        except TimeoutError as error:
+            raise TimeoutError(f"{error}\n{site.evidence()}") from error
         experts = site.rows("SELECT cluster_index, files_json FROM experts")
         left = site.stop()
         assert not left, left
@@ -297,8 +318,6 @@ def calm_experts(parts: Parts) -> dict[int, dict[str, str]]:
 
 
 def until(condition: Callable[[], bool], what: str, seconds: float) -> None:
-    import time
-
     end = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > end:

@@ -8,7 +8,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,8 +25,6 @@ from tests.support.zygote import Child
 
 # How bad transfers are while they are bad.
 RATES = FaultRates(error=0.15, cut_request=0.08, truncate=0.08, slow=0.05)
-# What is still under way when the storm ends gets so long to be done, in seconds.
-CALM_SECONDS = 240.0
 _AT_ONCE = 12
 
 
@@ -52,28 +50,36 @@ class Outcome:
 class Storm:
     """Over a site whose coordinators and workers run."""
 
-    def __init__(self, site: Site, undisturbed: Mapping[int, Mapping[str, str]]) -> None:
+    def __init__(self, site: Site, undisturbed: Mapping[int, Mapping[str, str]], *, calm_seconds: float) -> None:
+        """What is under way when the storm ends gets `calm_seconds` to be done."""
         self.site = site
+        self._calm_seconds = calm_seconds
         self.outcome = Outcome()
         self._undisturbed = undisturbed
         self._watch = checks.Watch()
         self._over = threading.Event()
+        self._unattended = threading.Event()
         # Nobody is hit twice at once.
         self._busy: dict[tuple[str, int], threading.Lock] = {}
 
     def rage(self, seed: int, *, seconds: float, every: float, on_fault: Callable[[Outcome], None]) -> Outcome:
         """Faults for `seconds`; then all is let be, and looked at."""
         with ThreadPoolExecutor(_AT_ONCE) as pool:
-            steady = [pool.submit(loop) for loop in (self._look, self._supervise, self._keep_busy)]
+            steady = [pool.submit(loop) for loop in (self._look, self._keep_busy)]
+            supervising = pool.submit(self._supervise)
+            faults: list[Future[None]] = []
             started = time.monotonic()
             for planned in schedule(seed, seconds=seconds, every=every, lease_seconds=LEASE_SECONDS):
                 time.sleep(max(0.0, started + planned.at - time.monotonic()))
-                pool.submit(self._inject, planned)
+                faults.append(pool.submit(self._inject, planned))
                 on_fault(self.outcome)
             time.sleep(max(0.0, started + seconds - time.monotonic()))
             self._over.set()
-            for loop in steady:
-                loop.result()
+            for ending in (*steady, *faults):
+                ending.result()
+            # Last: those need coordinators that run.
+            self._unattended.set()
+            supervising.result()
         self._settle()
         self._judge()
         return self.outcome
@@ -127,7 +133,7 @@ class Storm:
 
     def _supervise(self) -> None:
         """Starts again what ended by itself, as a service manager does."""
-        while not self._over.wait(0.5):
+        while not self._unattended.wait(0.5):
             self._revive()
 
     def _revive(self) -> None:
@@ -266,12 +272,14 @@ class Storm:
 
     def _pause_run(self, planned: Planned) -> bool:
         with self._victim("run", 1, 0) as index:
-            if index is None or not self._told(lambda: self.site.set_paused(True)):
+            if index is None:
                 return False
+            told = self._told(lambda: self.site.set_paused(True))
             time.sleep(planned.lasts)
+            # Also when the answer was lost: it may be paused all the same.
             while not self._told(lambda: self.site.set_paused(False)):
                 time.sleep(0.5)
-        return True
+        return told
 
     def _requeue_task(self, planned: Planned) -> bool:
         cluster = planned.victim % CLUSTERS
@@ -299,10 +307,10 @@ class Storm:
             return not checks.unfinished(site.rows("SELECT id, state, reason FROM tasks"))
 
         try:
-            until(done, "the training of what was left", CALM_SECONDS)
-            until(lambda: not self._litter(), "the collection of orphans", GRACE_SECONDS + 60)
+            until(done, "the training of what was left", self._calm_seconds)
+            until(lambda: not self._litter(), "the collection of orphans", GRACE_SECONDS + self._calm_seconds / 4)
         except TimeoutError as error:
-            self.outcome.violations.append(str(error))
+            self.outcome.violations.append(f"{error}\n{site.evidence()}")
 
     def _litter(self) -> list[str]:
         site = self.site

@@ -7,10 +7,12 @@ import hashlib
 import signal
 import sqlite3
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import grpc
 import httpx
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -19,11 +21,14 @@ from cbtm_api.v1 import admin_service_pb2 as ad
 from cbtm_api.v1 import catalog_service_pb2 as cs
 from cbtm_api.v1 import resources_pb2 as pb
 from cbtm_api.v1 import worker_service_pb2 as ws
+from cbtm_api.v1 import worker_service_pb2_grpc
 from cbtm_common.errors import CbtmError, IntegrityError, Unavailable
 from cbtm_common.ids import new_request_id
+from cbtm_common.keys import new_key
 from cbtm_common.recipe import LeaseRecipe
+from cbtm_common.security import split_token
 from tests.support.coordinator import RunningCoordinator, coord, running_coordinator
-from tests.support.raw_run import RECIPE, STEPS, RawWorker, checkpoint_folder, create_run, make_run
+from tests.support.raw_run import RECIPE, STEPS, RawWorker, checkpoint_folder, create_run, make_run, register_request
 
 pytestmark = pytest.mark.integration
 
@@ -134,6 +139,27 @@ def test_no_call_in_progress_is_lost_when_it_stops(coordinator: RunningCoordinat
         stopped.set()
         failures = [error for one in calling for error in one.result(20)]
     assert all(isinstance(error, Unavailable) for error in failures), failures
+
+
+def test_a_registry_that_does_not_answer_keeps_nobody_from_stopping(tmp_path: Path) -> None:
+    """What writes waits half a minute for SQLite's lock; so long the process would wait for its threads."""
+    with (
+        running_coordinator(tmp_path, CBTM_DRAIN_SECONDS="1") as coordinator,
+        coordinator.channel() as channel,
+        contextlib.closing(sqlite3.connect(coordinator.data_dir / "registry.db", isolation_level=None)) as other,
+    ):
+        other.execute("BEGIN IMMEDIATE")
+        call = worker_service_pb2_grpc.WorkerServiceStub(channel).Register.future(
+            register_request(new_key(), name="gpu", version="0.1.0"),
+            timeout=60,
+            metadata=(("authorization", f"Bearer {split_token(coordinator.token('join'))[0]}"),),
+        )
+        with pytest.raises(grpc.FutureTimeoutError):
+            call.result(timeout=2)  # It waits for the lock by then.
+        asked = time.monotonic()
+        assert coordinator.stop() == 0
+        assert time.monotonic() - asked < 20
+        assert isinstance(call.exception(), grpc.RpcError)
 
 
 def test_ctrl_c_ends_it_like_sigterm(coordinator: RunningCoordinator) -> None:

@@ -12,6 +12,7 @@ Whatever is still running when the zygote's input ends is killed.
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import importlib
 import json
 import os
@@ -37,6 +38,10 @@ PART_VARIABLE = "CBTM_TEST_PART_BYTES"
 # When set, what people have time for is not waited for: full disks, failed workers, tries to send.
 HASTE_VARIABLE = "CBTM_TEST_HASTE"
 _POLL_SECONDS = 0.02
+# Has a program write the stacks of all its threads into its log; it goes on.
+STACKS_SIGNAL = signal.SIGUSR1
+_STACKS_SECONDS = 3.0
+_EVIDENCE_CHARACTERS = 12_000
 
 
 class Child:
@@ -60,14 +65,31 @@ class Child:
         return self._code
 
     def wait(self, seconds: float = 60.0) -> int:
-        """Its exit code. Raises AssertionError, with what it wrote, when it still runs after `seconds`."""
+        """Its exit code. Raises AssertionError, with what it wrote and its stacks, when it runs after `seconds`."""
         deadline = time.monotonic() + seconds
         pause = threading.Event()
         while (code := self.poll()) is None:
             if time.monotonic() > deadline:
-                raise AssertionError(f"process {self.pid} still runs after {seconds} s; it wrote:\n{self.output}")
+                raise AssertionError(
+                    f"process {self.pid} ({self.log.name}) still runs after {seconds:.0f} s; the end of what it wrote, "
+                    f"and its stacks:\n{self.evidence()}"
+                )
             pause.wait(_POLL_SECONDS)
         return code
+
+    def evidence(self) -> str:
+        """The end of what it wrote, and, of one that runs, the stacks of its threads, which it adds to its output."""
+        before = size = self.log.stat().st_size
+        self.send(STACKS_SIGNAL)
+        deadline = time.monotonic() + _STACKS_SECONDS
+        pause = threading.Event()
+        # One that is stopped (SIGSTOP) writes nothing, which tells as much.
+        while self.poll() is None and time.monotonic() < deadline:
+            pause.wait(5 * _POLL_SECONDS)
+            size, last = self.log.stat().st_size, size
+            if size == last > before:
+                break
+        return self.output[-_EVIDENCE_CHARACTERS:]
 
     def send(self, number: int) -> None:
         if self.poll() is None:
@@ -220,6 +242,7 @@ def _become(request: dict[str, Any]) -> None:
         del os.environ[name]
     os.environ.update(request["env"])
     random.seed()
+    faulthandler.register(STACKS_SIGNAL, file=2, all_threads=True)
     from cbtm_common import faults
 
     faults._plan = faults.FaultPlan.parse(os.environ.get(faults.ENVIRONMENT_VARIABLE, ""))

@@ -63,7 +63,10 @@ def join(config: WorkerConfig, stop: threading.Event, display: Display) -> int:
     try:
         with (
             connect(
-                config.coordinator, token=config.token, fingerprint=known.fingerprint if known else ""
+                config.coordinator,
+                token=config.token,
+                fingerprint=known.fingerprint if known else "",
+                leaving=stop,
             ) as connection,
             Transfer.beside(connection) as transfer,
         ):
@@ -244,7 +247,9 @@ class Worker:
     def _hand_back(self, held: Held, task: pb.Task, what: str, outcome: Outcome, stop_reason: str) -> None:
         if outcome is Outcome.KEPT:
             # The lease stays noted: the next process in this slot goes on with it, or with the task if it gets it.
-            self._display.say(f"the coordinator is away; what was done of {what} is kept here: join again to go on")
+            self._display.say(
+                f"{what} cannot be handed in now; what was done of it is kept here: join again to go on with it"
+            )
             return
         if outcome is Outcome.FINISHED:
             self._release(held, ws.RELEASE_REASON_FINISHED, "")

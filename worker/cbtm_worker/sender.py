@@ -72,6 +72,9 @@ class Sender:
         self._clock = clock
         self._rate = _Rate(clock)
         self.sending: Sending | None = None
+        # When the checkpoint in hand last came nearer to being committed, by `clock`.
+        self.advanced = clock()
+        self._least_left: int | None = None
 
     def send(
         self,
@@ -87,6 +90,7 @@ class Sender:
         Raises what ended the lease, and what will not pass.
         """
         self.sending = Sending(step=step)
+        self.advanced, self._least_left = self._clock(), None
         try:
             return self._send_until_committed(directory, step, metrics, cancelled, is_needless)
         finally:
@@ -113,6 +117,7 @@ class Sender:
                 if before is not None and left < before:
                     attempt = 0
                 self.sending = Sending(step=step, total_bytes=left)
+                self._note_left(left)
                 self._upload(prepared.uploads, directory, files, cancelled)
                 self._commit(prepared.checkpoint.id, metrics, cancelled)
                 return True
@@ -154,6 +159,12 @@ class Sender:
             self._heartbeat.uploads(checkpoint_bytes=0, bytes_per_second=speed)
         if self.sending is not None:
             self.sending = replace(self.sending, sent_bytes=self.sending.sent_bytes + count)
+            self._note_left(self.sending.total_bytes - self.sending.sent_bytes)
+
+    def _note_left(self, count: int) -> None:
+        """Bytes that are sent again after a failure bring the checkpoint no nearer."""
+        if self._least_left is None or count < self._least_left:
+            self._least_left, self.advanced = max(0, count), self._clock()
 
     def _commit(self, checkpoint_id: str, metrics: dict[str, JsonValue], cancelled: threading.Event) -> None:
         request_id = new_request_id()
@@ -161,6 +172,7 @@ class Sender:
             answer = self._session.commit(self._held, checkpoint_id, metrics, request_id)
             if answer.checkpoint.state in (pb.CHECKPOINT_STATE_COMMITTED, pb.CHECKPOINT_STATE_ACCEPTED):
                 break
+            self.advanced = self._clock()
             # The coordinator reads the checkpoint back; that takes as long as it takes.
             if cancelled.wait(from_duration(answer.retry_after).total_seconds()):
                 raise Cancelled("the commit was broken off")

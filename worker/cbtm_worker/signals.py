@@ -14,9 +14,9 @@ from cbtm_common.signals import SignalFlag, ending_signals
 
 
 class StopSignal:
-    """`requested` is set by the first signal; `on_first` is then called on a thread of its own.
+    """`requested` is set by the first signal; `on_first` is called on a thread of its own a moment later.
 
-    `install` may be called in the main thread only. `leave` ends the process with an exit code, at once.
+    `install` may be called in the main thread only, once. `leave` ends the process with an exit code, at once.
     """
 
     def __init__(self, on_first: Callable[[], None], *, leave: Callable[[int], None] = os._exit) -> None:
@@ -26,6 +26,9 @@ class StopSignal:
 
     def install(self) -> None:
         """Takes over SIGINT, SIGTERM and SIGHUP; a SIGHUP that is ignored (nohup) stays so."""
+        # Started here: a handler that starts one may come in the midst of the main thread's starting another, and the
+        # two would wait for each other.
+        threading.Thread(target=self._tell, name="stop-message", daemon=True).start()
         for number in ending_signals():
             signal.signal(number, self.handle)
 
@@ -36,5 +39,8 @@ class StopSignal:
             self._leave(128 + number)
             return
         self.requested.set()
-        # Not here: the main thread may be in the midst of printing, and could not print again within it.
-        threading.Thread(target=self._on_first, name="stop-message", daemon=True).start()
+
+    def _tell(self) -> None:
+        """Not in the handler: the main thread may be in the midst of printing, and could not print again within it."""
+        self.requested.wait()
+        self._on_first()

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 # A loss is read from the device, and told, so often.
 _NOTE_SECONDS = 0.25
+# Who leaves waits no longer for an upload that comes no nearer to its end. A transfer notices a dead link sooner.
+_STALL_SECONDS = 90.0
 
 
 class Outcome(StrEnum):
@@ -42,7 +44,7 @@ class Outcome(StrEnum):
     FINISHED = "finished"
     # Saved and to be given back before its end: by the volunteer, or because the coordinator asked.
     STOPPED = "stopped"
-    # Saved on this disk alone: the volunteer leaves while the coordinator is away.
+    # Saved on this disk alone: the volunteer leaves while the coordinator, or the store, is away.
     KEPT = "kept"
 
 
@@ -239,8 +241,9 @@ class TaskRunner:
         return outcome if self._uploader.flush(tick=self._show, give_up=self._gives_up) else Outcome.KEPT
 
     def _gives_up(self) -> bool:
-        """Whether not to wait any longer for a coordinator that is away."""
-        return self._context.stop.is_set() and self._heartbeat.seconds_left < 0
+        """Whether not to wait any longer for a coordinator or a store that is away."""
+        stalled = self._heartbeat.seconds_left < 0 or self._uploader.stalled_seconds > _STALL_SECONDS
+        return self._context.stop.is_set() and stalled
 
     def _keep(self, trainer: Trainer, error: LeaseLost) -> None:
         """After an outage that was longer than the lease: keeps the work, in case that nobody else took the task."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,6 +88,8 @@ class Uploader:
         # Set while what is on its way is older than that.
         self._superseded = threading.Event()
         self._abandoned = threading.Event()
+        # When something was last queued for the sender.
+        self._queued = time.monotonic()
         self.committed_step = self._local.committed_step
         # The last that was submitted or resumed.
         self.newest_step = self.committed_step
@@ -109,6 +112,11 @@ class Uploader:
     def sending(self) -> Sending | None:
         """What is on its way to the store, if anything is."""
         return self._sender.sending
+
+    @property
+    def stalled_seconds(self) -> float:
+        """Since what is to be committed last came nearer to it."""
+        return time.monotonic() - max(self._queued, self._sender.advanced)
 
     def submit(
         self,
@@ -139,6 +147,7 @@ class Uploader:
         with self._condition:
             self._raise_error()
             self._to_send = _Upload(step=checkpoint.step, metrics=metrics)
+            self._queued = time.monotonic()
             self.newest_step = checkpoint.step
             self._condition.notify_all()
 
@@ -232,6 +241,7 @@ class Uploader:
             self._writing = False
             if written:
                 self._to_send = _Upload(step=job.step, metrics=job.metrics)
+                self._queued = time.monotonic()
             self._settle(error)
         return error is None
 

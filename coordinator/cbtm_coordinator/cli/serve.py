@@ -86,4 +86,4 @@ def serve(
         "tls_client_ca_file": tls_client_ca_file,
     }
     config = load_config(**flags)
-    raise typer.Exit(run_until_signalled(config))
+    run_until_signalled(config)

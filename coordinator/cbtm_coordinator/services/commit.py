@@ -85,6 +85,12 @@ class Verifier:
                 raise
         return inspection.finish()
 
-    def close(self) -> None:
-        """Finishes the checks that run, drops those that wait: workers will ask the next process."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
+    def close(self, seconds: float = 0.0) -> bool:
+        """Drops the checks that wait; whether those that run end within `seconds`.
+
+        What does not is begun anew by the next process, when workers ask it.
+        """
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        with self._lock:
+            running = [future for _, future in self._checks.values() if not future.cancelled()]
+        return not wait(running, seconds).not_done

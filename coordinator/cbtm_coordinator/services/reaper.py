@@ -46,9 +46,12 @@ class Reaper:
     def start(self) -> None:
         self._thread.start()
 
-    def close(self) -> None:
+    def close(self, seconds: float = 30.0) -> bool:
+        """Begins no other round; whether the one under way ends within `seconds`. The next process does the rest."""
         self._stop.set()
-        self._thread.join(30)
+        if self._thread.is_alive():
+            self._thread.join(seconds)
+        return not self._thread.is_alive()
 
     def _run(self) -> None:
         while not self._stop.wait(self._interval):

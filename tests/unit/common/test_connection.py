@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import socket
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
 
 from cbtm_api.v1 import catalog_service_pb2 as cs
+from cbtm_common import rpc
 from cbtm_common.errors import Cancelled, CbtmError, InvalidArgument, Unavailable
 from cbtm_common.rpc import Connection, RetryPolicy, connect, host_and_port
 
@@ -51,6 +53,18 @@ def test_closing_ends_a_call_that_waits_to_try_again(nobody: str) -> None:
     connection.close()
     caller.join(20)
     assert [type(error) for error in raised] in ([Unavailable], [Cancelled])
+
+
+def test_who_leaves_has_its_calls_tried_again_for_a_moment_only(nobody: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    leaving = threading.Event()
+    leaving.set()
+    monkeypatch.setattr(rpc, "_LEAVING_SECONDS", 0.5)
+    policy = RetryPolicy(attempts=100, initial=0.2, maximum=3600)
+    with Connection(nobody, policy=policy, leaving=leaving) as connection:
+        started = time.monotonic()
+        with pytest.raises(Unavailable):
+            connection.catalog.ListRuns(cs.ListRunsRequest())
+    assert 0.5 < time.monotonic() - started < 20
 
 
 def test_closing_while_others_call_never_ends_the_process(nobody: str) -> None:

@@ -130,6 +130,22 @@ def test_shards_of_a_draft_that_are_not_registered_yet_stay(registry: Registry, 
     assert reaper.collect_orphans() == 1, "started without it, the run does not need it"
 
 
+def test_a_round_that_hangs_keeps_nobody_from_closing(registry: Registry, objects: Objects) -> None:
+    reaper = reaper_of(registry, objects, interval=0.001)
+    begun, answered = threading.Event(), threading.Event()
+
+    def hang() -> None:
+        begun.set()
+        assert answered.wait(20)
+
+    reaper.tick = hang  # type: ignore[method-assign]  # a store that does not answer
+    reaper.start()
+    assert begun.wait(20)
+    assert not reaper.close(0.05)
+    answered.set()
+    assert reaper.close(20)
+
+
 @pytest.mark.parametrize("failure", [Unavailable("the store is away"), RuntimeError("a defect")])
 def test_a_round_that_fails_does_not_end_the_rounds(registry: Registry, objects: Objects, failure: Exception) -> None:
     rounds = threading.Semaphore(0)

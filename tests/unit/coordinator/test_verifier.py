@@ -79,7 +79,7 @@ def make(gate: Gate) -> Iterator[Callable[..., Verifier]]:
     yield verifier
     gate.opened.set()
     for one in made:
-        one.close()
+        assert one.close(LONG)
 
 
 def put(store: ObjectStore, key: str, content: bytes) -> FileSpec:
@@ -126,6 +126,19 @@ def test_damage_on_the_way_is_no_objection_to_the_worker(store: ObjectStore, mak
     store.path_of("runs/a").write_bytes(b"evil")
     with pytest.raises(IntegrityError):
         make(store).wait("ckpt_1", [file], Objection, LONG)
+
+
+def test_a_store_that_does_not_answer_keeps_nobody_from_closing(
+    store: ObjectStore, gate: Gate, make: Callable[..., Verifier]
+) -> None:
+    verifier = make(gate, threads=1)
+    for name in ("a", "b"):
+        assert verifier.wait(f"ckpt_{name}", [put(store, f"runs/{name}", b"one")], begin, 0) is None
+    assert gate.entered.acquire(timeout=LONG)
+    assert not verifier.close(0.05)
+    gate.opened.set()
+    assert verifier.close(LONG)
+    assert gate.checks == 1, "the one that waited is not begun"
 
 
 def test_a_long_check_is_asked_for_again_and_made_once(

@@ -45,3 +45,4 @@ def test_a_closed_terminal_is_ignored_where_it_was_ignored_before() -> None:
     stop.install()
     signal.raise_signal(signal.SIGHUP)
     assert not stop.requested.is_set()
+    stop.requested.set()

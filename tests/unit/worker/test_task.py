@@ -20,7 +20,7 @@ from cbtm_common.errors import CbtmError, InvalidState, LeaseLost, Unavailable
 from cbtm_common.protos import duration
 from cbtm_common.recipe import Recipe
 from cbtm_common.rpc import RetryPolicy
-from cbtm_worker import inputs, sender
+from cbtm_worker import inputs, sender, task
 from cbtm_worker.config import WorkerConfig
 from cbtm_worker.display import Display
 from cbtm_worker.heartbeat import Heartbeat
@@ -223,6 +223,19 @@ def test_who_leaves_while_the_coordinator_is_away_keeps_the_work_here(bench: Ben
         bench.stop.set()
 
     bench.at = {6: leave}
+    assert bench.run() is Outcome.KEPT
+    assert [(c.step, c.committed) for c in bench.local.all()] == [(6, False)]
+
+
+def test_who_leaves_while_the_store_is_away_keeps_the_work_here(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(task, "_STALL_SECONDS", 0.5)
+
+    def leave() -> None:
+        bench.coordinator.errors["CommitCheckpoint"] = [Unavailable("the store is away")] * 10_000
+        bench.stop.set()
+
+    bench.at = {6: leave}
+    # The coordinator answers, and renews the lease.
     assert bench.run() is Outcome.KEPT
     assert [(c.step, c.committed) for c in bench.local.all()] == [(6, False)]
 

@@ -213,6 +213,60 @@ def test_a_commit_that_takes_long_is_asked_for_again_with_the_same_request_id(be
     assert bench.session.arguments("prepare_upload") == [5]
 
 
+def test_only_what_brings_a_checkpoint_nearer_to_its_commit_counts_as_going_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sender, "_BACKOFF", RetryPolicy(attempts=1, initial=0.001, maximum=0.002))
+    (tmp_path / "weights").write_bytes(b"12345678")
+    session = FakeSession()
+    now = 0.0
+    seen: list[tuple[str, float]] = []
+
+    def at(time: float, what: str, action: Callable[[], object]) -> None:
+        nonlocal now
+        now = time
+        action()
+        seen.append((what, sends.advanced))
+
+    class Link:
+        """Breaks once, after five of eight bytes."""
+
+        times = iter((10.0, 30.0))
+
+        def upload(self, upload: pb.Upload, path: Path, *, on_bytes: Callable[[int], None], cancelled: object) -> None:
+            begun = next(self.times)
+            at(begun, "five bytes", lambda: on_bytes(5))
+            if begun == 10.0:
+                raise Unavailable("broken")
+            at(40.0, "the rest", lambda: on_bytes(3))
+
+    heartbeat = Heartbeat(session, HELD, pb.LeasePolicy())  # type: ignore[arg-type]
+    sends = sender.Sender(session, HELD, heartbeat, Link(), clock=lambda: now)  # type: ignore[arg-type]
+    assert sends.send(tmp_path, step=5, metrics={}, cancelled=threading.Event(), is_needless=lambda: False)
+    assert seen == [("five bytes", 10.0), ("five bytes", 10.0), ("the rest", 40.0)]
+
+
+def test_a_check_that_the_coordinator_says_goes_on_counts_as_going_on(tmp_path: Path) -> None:
+    (tmp_path / "weights").write_bytes(b"12345678")
+    times = iter(range(1_000))
+    seen: list[float] = []
+
+    class Session(FakeSession):
+        def commit(self, *arguments: Any) -> ws.CommitCheckpointResponse:
+            seen.append(sends.advanced)
+            return super().commit(*arguments)
+
+    session = Session()
+    session.answers["commit"].append(
+        ws.CommitCheckpointResponse(checkpoint=pb.Checkpoint(state=pb.CHECKPOINT_STATE_UPLOADING))
+    )
+    heartbeat = Heartbeat(session, HELD, pb.LeasePolicy())  # type: ignore[arg-type]
+    sends = sender.Sender(session, HELD, heartbeat, FakeTransfer(), clock=lambda: next(times))  # type: ignore[arg-type]
+    assert sends.send(tmp_path, step=5, metrics={}, cancelled=threading.Event(), is_needless=lambda: False)
+    before, after = seen
+    assert before < after
+
+
 def test_a_lost_lease_ends_it_at_once_and_leaves_the_checkpoint_on_disk(bench: Bench) -> None:
     gate = Gate()
     bench.transfer.answers.append(gate)
