@@ -3,12 +3,13 @@ PY := .venv/bin/python
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 PYTHON ?= python3
 SECONDS ?= 600
+MINUTES ?= 10
 # Of the study; made when it is not there.
 CORPUS ?= corpus-out
 # Without their caches the tests spend a third of their time on compiling themselves.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup demo reproduce chaos test unit check format protos clean
+.PHONY: setup demo reproduce chaos fuzz test unit check format protos clean
 .NOTPARALLEL:
 
 setup: .venv/.setup-stamp
@@ -30,6 +31,9 @@ $(CORPUS)/manifest.json: | setup
 
 chaos: setup
 	$(PY) -m tests.chaos --seconds $(SECONDS) $(if $(SEED),--seed $(SEED))
+
+fuzz: setup
+	$(PY) -m tests.fuzz --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
 
 test: setup
 	$(PY) -m pytest tests

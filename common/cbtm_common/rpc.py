@@ -13,31 +13,23 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from types import TracebackType
 from typing import Any, NamedTuple, Protocol, Self, runtime_checkable
 from urllib.parse import urlsplit
 
 import grpc
-from google.protobuf.any_pb2 import Any as AnyMessage
-from google.rpc.error_details_pb2 import ErrorInfo, RetryInfo
-from google.rpc.status_pb2 import Status
-from grpc_status import rpc_status
 
 from cbtm_api.v1 import admin_service_pb2_grpc, catalog_service_pb2_grpc, worker_service_pb2_grpc
 from cbtm_common.errors import (
-    ALL_ERRORS,
-    DOMAIN,
     RETRYABLE,
     Cancelled,
     CbtmError,
-    InternalError,
     InvalidArgument,
-    RateLimited,
     Unauthenticated,
     Unavailable,
 )
 from cbtm_common.security import Security, Trust, check_insecure, split_token
+from cbtm_common.wire_errors import error_of, retry_delay_of, unanswered_error
 
 # Both sides: nothing that passes here is large, since files move by signed URLs.
 MAX_MESSAGE_BYTES = 4 * 1024 * 1024
@@ -61,77 +53,6 @@ CHANNEL_OPTIONS: Sequence[tuple[str, int]] = (
     ("grpc.max_reconnect_backoff_ms", 5_000),
     ("grpc.initial_reconnect_backoff_ms", 200),
 )
-
-# Of several with one code, the first stands for a reason that is not known here.
-_BY_CODE: dict[str, type[CbtmError]] = {error.code: error for error in reversed(ALL_ERRORS)}
-# Codes that only gRPC itself makes.
-_BY_CODE |= {"UNKNOWN": InternalError, "OUT_OF_RANGE": InvalidArgument}
-_BY_REASON: dict[str, type[CbtmError]] = {error.reason: error for error in ALL_ERRORS}
-
-
-def status_of(error: CbtmError) -> Status:
-    """`error` as a `google.rpc.Status` with `ErrorInfo` (AIP-193)."""
-    code = grpc.StatusCode[error.code]
-    status = Status(code=code.value[0], message=error.message)
-    detail = AnyMessage()
-    detail.Pack(ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=error.metadata))
-    status.details.append(detail)
-    if isinstance(error, RateLimited):
-        wait = RetryInfo()
-        wait.retry_delay.FromTimedelta(timedelta(seconds=error.retry_after))
-        hint = AnyMessage()
-        hint.Pack(wait)
-        status.details.append(hint)
-    return status
-
-
-def error_of(error: grpc.RpcError) -> CbtmError:
-    """What the server raised, of the same class; total over all codes."""
-    call: Any = error
-    status = rpc_status.from_call(call)
-    if status is not None:
-        for detail in status.details:
-            info = ErrorInfo()
-            if detail.Is(ErrorInfo.DESCRIPTOR) and detail.Unpack(info) and info.domain == DOMAIN:
-                kind = _BY_REASON.get(info.reason) or _BY_CODE[call.code().name]
-                return kind(status.message, metadata=dict(info.metadata))
-    return _BY_CODE[call.code().name](call.details() or call.code().name)
-
-
-def _unanswered(target: str, error: grpc.RpcError) -> CbtmError | None:
-    """What to tell a person when gRPC itself, and no coordinator, said that `target` cannot be reached."""
-    call: Any = error
-    if call.code() not in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):
-        return None
-    if rpc_status.from_call(call) is not None:
-        return None
-    if call.code() is grpc.StatusCode.CANCELLED:
-        # We cancel no call. A server does that to those which reach it while it goes down.
-        return Unavailable(f"coordinator: {target} is going down or restarts", metadata={"target": target})
-    # gRPC nests what each address said, the cause last: "...; last error: UNKNOWN: ipv4:...: Connection refused".
-    if "CERTIFICATE_VERIFY_FAILED" in (call.details() or ""):
-        return Unavailable(
-            f"coordinator: {target} shows a certificate that is not trusted here; pass a token that carries its "
-            "fingerprint (as it was handed out, with the part after the dot), or --ca-file",
-            metadata={"target": target},
-        )
-    cause = (call.details() or "no answer").rpartition(": ")[2].strip("[] ")
-    return Unavailable(
-        f"coordinator: {target} does not answer ({cause}); is `cbtm-coord serve` running there, and its port open?",
-        metadata={"target": target},
-    )
-
-
-def retry_delay_of(error: grpc.RpcError) -> float | None:
-    """Seconds that the server asks to wait (`google.rpc.RetryInfo`), if it does."""
-    call: Any = error
-    status = rpc_status.from_call(call)
-    for detail in status.details if status is not None else ():
-        info = RetryInfo()
-        if detail.Is(RetryInfo.DESCRIPTOR) and detail.Unpack(info):
-            seconds: float = info.retry_delay.ToTimedelta().total_seconds()
-            return seconds
-    return None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,6 +104,7 @@ class _Interceptor(grpc.UnaryUnaryClientInterceptor):  # type: ignore[type-arg] 
         on_metadata: Callable[[str], None],
         closed: threading.Event,
         leaving: threading.Event,
+        shut_out: Callable[[], bool],
     ) -> None:
         self._target = target
         self._credential = credential
@@ -191,6 +113,9 @@ class _Interceptor(grpc.UnaryUnaryClientInterceptor):  # type: ignore[type-arg] 
         self._on_metadata = on_metadata
         self._closed = closed
         self._leaving = leaving
+        self._shut_out = shut_out
+        # Whether a coordinator has answered yet.
+        self._first = True
 
     def intercept_unary_unary(self, continuation: Any, client_call_details: Any, request: Any) -> Any:
         own = list(client_call_details.metadata or ())
@@ -238,6 +163,7 @@ class _Interceptor(grpc.UnaryUnaryClientInterceptor):  # type: ignore[type-arg] 
         call = continuation(details, request)
         error = call.exception()
         if error is None:
+            self._first = False
             for key, value in (*(call.initial_metadata() or ()), *(call.trailing_metadata() or ())):
                 if key == HTTP_PORT_METADATA:
                     self._on_metadata(value)
@@ -251,7 +177,12 @@ class _Interceptor(grpc.UnaryUnaryClientInterceptor):  # type: ignore[type-arg] 
             raise Cancelled("the connection to the coordinator is closed") from error
         if not isinstance(error, grpc.RpcError):
             raise error
-        raise (_unanswered(self._target, error) or error_of(error)) from error
+        unanswered = unanswered_error(self._target, error, first=self._first, shut_out=self._shut_out)
+        if unanswered is not None:
+            raise unanswered from error
+        if error.code() is not grpc.StatusCode.DEADLINE_EXCEEDED:
+            self._first = False
+        raise error_of(error) from error
 
 
 class _ByName:
@@ -318,6 +249,7 @@ class Connection:
             on_metadata=self._note_http_port,
             closed=self._closed,
             leaving=leaving or threading.Event(),
+            shut_out=lambda: self._trusted().is_shut_out(self.host, self._port),
         )
         calls: Any = _ByName(self._open)
         intercepted = grpc.intercept_channel(calls, interceptor)

@@ -104,8 +104,8 @@ class Security:
     def trust(self, host: str, port: int, fingerprint: str) -> Trust:
         """What to trust at `host`. With a fingerprint, asks there for the authority's certificate.
 
-        Raises InvalidArgument for files that cannot be read, IntegrityError when another authority answers, and
-        Unavailable when nobody does, or not in TLS.
+        Raises InvalidArgument for files that cannot be read and for a port that does not speak TLS, IntegrityError
+        when another authority answers, and Unavailable when nobody does.
         """
         check_insecure(host, self.insecure)
         if self.insecure:
@@ -147,6 +147,32 @@ class Trust:
             context.load_cert_chain(self.files.cert_file, self.files.key_file)
         return context
 
+    def is_shut_out(self, host: str, port: int) -> bool:
+        """Whether `host` ends a connection when it has seen our certificate, or that we have none.
+
+        gRPC's servers say nothing then: the handshake comes to its end, and not a byte follows.
+        """
+        if self.plain:
+            return False
+        context = self.http_context()
+        context.set_alpn_protocols(["h2"])
+        name = SERVER_NAME if self.pinned else host.strip("[]")
+        try:
+            with (
+                socket.create_connection((host.strip("[]"), port), timeout=_CONNECT_SECONDS) as link,
+                context.wrap_socket(link, server_hostname=name) as wrapped,
+            ):
+                return not wrapped.recv(1)
+        except OSError:
+            return False
+
+
+def not_in_tls(target: str) -> str:
+    return (
+        f"coordinator: {target} does not answer in TLS; is that the gRPC port, and is it served with TLS? "
+        "(--insecure is for one that is not)"
+    )
+
 
 def _read(path: Path, field: str) -> bytes:
     try:
@@ -170,10 +196,10 @@ def _fetch_authority(host: str, port: int, fingerprint: str) -> bytes:
         ):
             shown = _shown_by(wrapped)
     except ssl.SSLError as error:
+        if error.reason == "WRONG_VERSION_NUMBER":
+            raise InvalidArgument(not_in_tls(target), metadata={"target": target}) from error
         raise Unavailable(
-            f"coordinator: {target} does not answer in TLS ({error.reason or error}); is that the gRPC port, and is it "
-            "served with TLS? (--insecure is for one that is not)",
-            metadata={"target": target},
+            f"coordinator: {target} breaks the TLS handshake off ({error.reason or error})", metadata={"target": target}
         ) from error
     except OSError as error:
         raise Unavailable(

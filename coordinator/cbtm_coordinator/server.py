@@ -133,7 +133,7 @@ class Coordinator:
         import uvicorn
 
         from cbtm_coordinator.storage.http_app import make_app
-        from cbtm_coordinator.storage.http_protocol import guarded_protocol
+        from cbtm_coordinator.storage.http_protocol import guarded_protocol, run_server
 
         assert isinstance(self.objects, LocalStore)
         listener = socket.socket(socket.AF_INET6 if ":" in self.config.host else socket.AF_INET)
@@ -155,7 +155,8 @@ class Coordinator:
             ssl_context_factory=None if self._certificates is None else self._tls,
         )
         self._http = uvicorn.Server(settings)
-        self._http_thread = threading.Thread(target=self._http.run, args=([listener],), name="http", daemon=True)
+        serve = (self._http, [listener])
+        self._http_thread = threading.Thread(target=run_server, args=serve, name="http", daemon=True)
         return int(listener.getsockname()[1])
 
     def _tls(self, config: Any, default: Any) -> ssl.SSLContext:

@@ -21,8 +21,9 @@ from cbtm_common.errors import CbtmError, InvalidArgument, NotFound, PermissionD
 from cbtm_common.ids import hash_secret, new_request_id, new_secret
 from cbtm_common.keys import new_key
 from cbtm_common.protos import duration
-from cbtm_common.rpc import Connection, error_of
+from cbtm_common.rpc import Connection
 from cbtm_common.security import split_token
+from cbtm_common.wire_errors import error_of
 from tests.support.coordinator import RunningCoordinator, running_coordinator
 from tests.support.raw_run import RawWorker, make_run, register_request
 

@@ -42,6 +42,7 @@ from cbtm_coordinator.storage import (
     prepare_upload,
     verify,
 )
+from cbtm_coordinator.storage.http_protocol import HANDSHAKE_SECONDS, run_server
 from tests.support.proxy import FaultProxy, FaultRates
 
 TTL = timedelta(minutes=5)
@@ -68,7 +69,7 @@ TRICKY_KEYS = (
 
 
 @contextlib.contextmanager
-def serve(app: Any, **settings: Any) -> Iterator[int]:
+def serve(app: Any, *, handshake_seconds: float = HANDSHAKE_SECONDS, **settings: Any) -> Iterator[int]:
     """Runs an ASGI application in a thread, with `settings` of uvicorn; yields its port."""
     import uvicorn
 
@@ -77,7 +78,8 @@ def serve(app: Any, **settings: Any) -> Iterator[int]:
         app, log_level="critical", lifespan="off", ws="none", timeout_graceful_shutdown=1, **settings
     )
     server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, name="uvicorn")
+    patience = {"handshake_seconds": handshake_seconds}
+    thread = threading.Thread(target=run_server, args=(server, [listener]), kwargs=patience, name="uvicorn")
     thread.start()
     try:
         deadline = time.monotonic() + 10

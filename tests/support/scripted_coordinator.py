@@ -23,9 +23,10 @@ from cbtm_api.v1 import worker_service_pb2 as ws
 from cbtm_api.v1.worker_service_pb2_grpc import WorkerServiceServicer, add_WorkerServiceServicer_to_server
 from cbtm_common.errors import CbtmError
 from cbtm_common.protos import duration
-from cbtm_common.rpc import Connection, RetryPolicy, status_of
+from cbtm_common.rpc import Connection, RetryPolicy
 from cbtm_common.security import Security
 from cbtm_common.transfer import Transfer
+from cbtm_common.wire_errors import status_of
 
 # In tests nobody waits: one attempt, and the caller's own retries.
 ONE_ATTEMPT = RetryPolicy(attempts=1, initial=0.001, maximum=0.001)

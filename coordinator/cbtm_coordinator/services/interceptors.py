@@ -33,7 +33,8 @@ from cbtm_common.errors import (
     Unauthenticated,
     Unavailable,
 )
-from cbtm_common.rpc import HTTP_PORT_METADATA, status_of
+from cbtm_common.rpc import HTTP_PORT_METADATA
+from cbtm_common.wire_errors import status_of
 from cbtm_coordinator.limits import Limiter, address_of
 from cbtm_coordinator.services.auth import Authenticator, Principal, Role, allowed_roles, caller
 

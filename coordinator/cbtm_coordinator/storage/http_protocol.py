@@ -1,20 +1,27 @@
-"""What of HTTP is bounded before a request is known: the time and size of its head, and connections of one address.
+"""What of HTTP is bounded before a request is known: the time of its TLS handshake, the time and size of its head, and
+connections of one address.
 
-uvicorn bounds none of it with httptools, and closes a connection only once all is sent, which a reader that never reads
-puts off for ever. Bodies and answers are the application's to time (`http_app`).
+uvicorn bounds none of it with httptools, leaves a handshake asyncio's minute, and closes a connection only once all is
+sent, which a reader that never reads puts off for ever. Bodies and answers are the application's to time (`http_app`).
 """
 
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections import Counter
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
+import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from cbtm_coordinator.limits import network_of
 
 HEAD_SECONDS = 10.0
+# As long as gRPC's.
+HANDSHAKE_SECONDS = 10.0
 # Our own are under one.
 _MAX_HEAD_BYTES = 32 * 1024
 # A connection that has been closing for so long is cut.
@@ -86,3 +93,24 @@ def guarded_protocol(
             self._closing = self.loop.call_later(closing_seconds, self._look_again)
 
     return Guarded
+
+
+class _Loop(asyncio.SelectorEventLoop):
+    """One whose servers give a TLS handshake `handshake_seconds`; uvicorn has no setting for it."""
+
+    def __init__(self, handshake_seconds: float) -> None:
+        super().__init__()
+        self._handshake_seconds = handshake_seconds
+
+    async def create_server(self, *arguments: Any, **options: Any) -> asyncio.Server:
+        if options.get("ssl") is not None:
+            options["ssl_handshake_timeout"] = self._handshake_seconds
+        return await super().create_server(*arguments, **options)
+
+
+def run_server(
+    server: uvicorn.Server, listeners: Sequence[socket.socket], *, handshake_seconds: float = HANDSHAKE_SECONDS
+) -> None:
+    """As `server.run(listeners)`: returns when it was told to exit, and has."""
+    with asyncio.Runner(loop_factory=partial(_Loop, handshake_seconds)) as runner:
+        runner.run(server.serve(list(listeners)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import httpx
 import pytest
 from google.rpc.error_details_pb2 import RetryInfo
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
@@ -29,6 +31,7 @@ from cbtm_coordinator.storage import LocalStore
 from cbtm_coordinator.storage.http_app import make_app
 from cbtm_coordinator.storage.http_protocol import guarded_protocol
 from cbtm_coordinator.storage.signing import UrlSigner
+from tests.support.certificates import OwnAuthority
 from tests.support.coordinator import RunningCoordinator, running_coordinator
 from tests.support.objects import TTL, serve
 from tests.support.raw_run import STEPS, RawWorker, checkpoint_folder, make_run, register_request
@@ -283,6 +286,28 @@ def test_a_head_that_does_not_come_to_its_end_is_not_waited_for(store: LocalStor
         with connected(port) as other:
             other.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
             assert other.recv(4096).startswith(b"HTTP/1.1 200")
+
+
+def test_a_tls_handshake_that_does_not_come_to_its_end_is_not_waited_for(store: LocalStore, tmp_path: Path) -> None:
+    certificate, key = OwnAuthority(tmp_path, "own").server()
+    tls = {"ssl_certfile": certificate, "ssl_keyfile": key}
+    with serve(make_app(store), handshake_seconds=0.5, http=guarded_protocol(connections_per_address=0), **tls) as port:
+        started = time.monotonic()
+        with connected(port) as silent, connected(port) as drop_by_drop:
+            # What begins a handshake, and would go on with 512 bytes.
+            drop_by_drop.sendall(b"\x16\x03\x01\x02\x00")
+            with contextlib.suppress(ConnectionError):
+                while time.monotonic() - started < 20:
+                    drop_by_drop.sendall(b"\x00")
+                    time.sleep(0.05)
+                pytest.fail("it was waited for")
+            assert ends(silent)
+        # Who shakes hands in time stays.
+        with httpx.Client(verify=ssl.create_default_context(cafile=tmp_path / "own" / "ca.pem")) as client:
+            for _ in range(2):
+                assert client.get(f"https://127.0.0.1:{port}/healthz").status_code == 200
+                time.sleep(0.6)
+            assert client.get(f"https://127.0.0.1:{port}/healthz").status_code == 200
 
 
 def test_a_head_without_end_is_not_kept(store: LocalStore) -> None:

@@ -36,7 +36,7 @@ from cbtm_common.files import describe
 from cbtm_common.ids import new_request_id, new_secret
 from cbtm_common.keys import key_id, new_key, public_key_of, signed_authorization
 from cbtm_common.protos import duration
-from cbtm_common.rpc import Connection, Credential, connect
+from cbtm_common.rpc import Connection, Credential, RetryPolicy, connect
 from cbtm_common.security import Security, join_token, split_token
 from cbtm_coordinator.config import CoordinatorConfig
 from cbtm_coordinator.services.credentials import Credentials
@@ -411,7 +411,7 @@ def test_who_shows_the_true_authority_without_being_certified_by_it_is_told_noth
         Impostor(tmp_path / "impostor") as impostor,
         connect(impostor.target, token=coordinator.token("join"), attempts=1) as connection,
     ):
-        with pytest.raises(Unavailable, match="not trusted"):
+        with pytest.raises(IntegrityError, match="not trusted"):
             _ask(connection)
         assert not impostor.asked
 
@@ -473,6 +473,37 @@ def test_a_token_whose_fingerprint_was_cut_is_refused_before_anything_is_sent(co
         with pytest.raises(InvalidArgument, match="cut short") as caught:
             connect(coordinator.target, token=cut)
         assert cut not in caught.value.message
+
+
+def test_a_token_without_its_fingerprint_is_refused_at_once(
+    coordinator: RunningCoordinator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is not tried again: nothing that passes with time is wrong."""
+    waits: list[int] = []
+    monkeypatch.setattr(RetryPolicy, "delay", lambda self, attempt, chance: waits.append(attempt) or 0.0)
+    secret = split_token(coordinator.token("join"))[0]
+    with (
+        connect(coordinator.target, token=secret) as connection,
+        pytest.raises(IntegrityError, match=r"not trusted.*fingerprint \(as it was handed out"),
+    ):
+        _ask(connection)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threading.Thread(target=_answer_in_plain_text, args=(listener, 2), daemon=True).start()
+        target = f"127.0.0.1:{listener.getsockname()[1]}"
+        for token in (secret, coordinator.token("join")):
+            with connect(target, token=token) as connection, pytest.raises(InvalidArgument, match="not answer in TLS"):
+                _ask(connection)
+    assert waits == []
+
+
+def _answer_in_plain_text(listener: socket.socket, count: int) -> None:
+    for _ in range(count):
+        link, _ = listener.accept()
+        with link, contextlib.suppress(ConnectionError):
+            link.recv(1000)
+            link.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+            while link.recv(1000):
+                pass
 
 
 def test_the_certificate_is_renewed_under_the_same_authority_before_it_ends(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from cbtm_common.errors import (
     ResourceExhausted,
     Unavailable,
 )
-from cbtm_common.rpc import error_of, retry_delay_of, status_of
+from cbtm_common.wire_errors import error_of, retry_delay_of, status_of
 
 
 class _Failed(grpc.RpcError):
