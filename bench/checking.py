@@ -26,9 +26,9 @@ from bench.community import (
     Tally,
 )
 from bench.works import Kind, Work
-from cbtm_coordinator.verification.audits import Computation, Replay, compare, wants_audit
+from cbtm_coordinator.verification.audits import Computation, Finding, Replay, compare, wants_audit
 from cbtm_coordinator.verification.evaluation import Evaluation, History, Outcome, Score, Verdict, judge
-from cbtm_coordinator.verification.quorum import Next, Report, Settlement, settle, settle_audits
+from cbtm_coordinator.verification.quorum import Next, Others, Report, Settlement, settle, settle_audits
 from cbtm_coordinator.verification.trust import Standing
 
 # As `store.checks` has it: sequences of each of three sets, two models, and a third of training for a forward pass.
@@ -38,6 +38,10 @@ BATCH_SEQUENCES = 32
 # From here on a worker may think itself proven: one segment in a hundred is replayed.
 PROVEN = 0.9
 
+# Weights at places that the coordinator knows, as far as they matter here: along what was committed, along what an
+# honest replay finds beside it, along rounding, and along what slanderers agreed on.
+_COMMITTED, _AGREED, _NOWHERE = (1.0, 0.0, 0.0, 0.0), (0.0, 0.0, 0.0, 1.0), (0.0, 0.0, 0.0, 0.0)
+
 Drawn = npt.NDArray[np.int64]
 _Content = TypeVar("_Content")
 
@@ -46,6 +50,8 @@ class Checking(Judge):
     def __init__(self, members: Members, bank: Bank, draw: np.random.Generator, tally: Tally) -> None:
         super().__init__(members, bank, draw, tally)
         self._standings: dict[Member, Standing] = {}
+        self._at_risk: dict[Member, float] = {}
+        self._vouches: set[Member] = set()
         # Accepted and not undone, with what evaluators found; of this run alone and of all.
         self._run: dict[Submission, Evaluation] = {}
         self._accepted: dict[Member, list[Submission]] = {}
@@ -53,6 +59,13 @@ class Checking(Judge):
 
     def standing(self, worker: Member) -> Standing:
         return self._standings.setdefault(worker, Standing())
+
+    def _change(self, worker: Member, standing: Standing) -> None:
+        self._standings[worker] = standing
+        if standing.is_proven and not worker.is_out:
+            self._vouches.add(worker)
+        else:
+            self._vouches.discard(worker)
 
     def is_proven(self, worker: Member) -> bool:
         return self.standing(worker).trust >= PROVEN
@@ -69,7 +82,13 @@ class Checking(Judge):
         last_is_replayed = False
         for _ in range(SEGMENTS):
             self.tally.trained += SEGMENT_SEQUENCES
-            last_is_replayed = wants_audit(self.standing(worker).trust, self.draw.random()).audit
+            decision = wants_audit(
+                self.standing(worker).trust,
+                self.draw.random(),
+                at_risk=self._at_risk.get(worker, 0.0),
+                share=1 / SEGMENTS,
+            )
+            self._at_risk[worker], last_is_replayed = decision.at_risk, decision.audit
             if last_is_replayed and self._replay(submission) is Outcome.FAILED:
                 return False, submission
         return self._evaluate(submission, last_is_replayed), submission
@@ -78,10 +97,12 @@ class Checking(Judge):
 
     def _replay(self, submission: Submission) -> Outcome:
         original = _computation(submission.worker)
+        # Whoever replays this segment of false work honestly comes to the same.
+        apart = self._one(submission.work.deviations["same"])
         settled = self._ask(
             submission.worker,
             lambda reports, others: settle_audits(reports, others=others),
-            lambda auditor: compare(self._replayed(submission, auditor), original, dropout=False),
+            lambda auditor: compare(self._replayed(submission, auditor, apart), original, dropout=False),
             cost=SEGMENT_SEQUENCES,
         )
         if settled.speaker is None:
@@ -90,32 +111,55 @@ class Checking(Judge):
         if outcome is Outcome.FAILED:
             self._reject(submission.worker, is_proven=settled.convicts)
         else:
-            self._standings[submission.worker] = self.standing(submission.worker).after_pass()
+            self._change(submission.worker, self.standing(submission.worker).after_pass())
             if submission.is_false:
                 self.tally.acquitted[self._conduct_of(settled.speaker)] += 1
         return outcome
 
-    def _conduct_of(self, report: Report[Verdict]) -> Conduct:
+    def _conduct_of(self, report: Report[Finding]) -> Conduct:
         return self.members.all[int(report.worker_id)].conduct
 
-    def _replayed(self, submission: Submission, auditor: Member) -> Replay:
+    def _replayed(self, submission: Submission, auditor: Member, apart: float) -> Replay:
         """What an auditor says it found."""
         worker, work = submission.worker, submission.work
         ours = _computation(auditor)
         if auditor.conduct is Conduct.COLLUDER and worker.conduct is Conduct.COLLUDER:
-            return Replay(computation=ours, equal=True)
+            return Replay(computation=ours, equal=True, moved=_COMMITTED, original_moved=_COMMITTED)
         if auditor.conduct is Conduct.SLANDERER and worker.conduct is not Conduct.SLANDERER:
-            return Replay(computation=ours, equal=False, deviation=1.0)
+            return self._told(ours, 1.0, digests="agreed", moved=_AGREED)
         if auditor.conduct is Conduct.INVENTOR:
-            return Replay(computation=replace(ours, environment="an unusual device"), equal=False, deviation=0.01)
+            # It may read neither what was committed nor what others found: that nothing moved is its best guess.
+            return self._told(replace(ours, environment="an unusual device"), 0.01, moved=_NOWHERE)
+        rounding = self._one(submission.honest.deviations["bf16"]) if auditor.half or worker.half else 0.0
         if work.kind is not Kind.HONEST:
-            return Replay(computation=ours, equal=False, deviation=self._one(work.deviations["same"]))
+            if math.isinf(apart):
+                return self._told(ours, apart, moved=(0.0, 1.0, rounding, 0.0), original=_NOWHERE)
+            return self._told(ours, apart, moved=(1.0, apart, rounding, 0.0))
         if auditor.half or worker.half:
-            return Replay(computation=ours, equal=False, deviation=self._one(work.deviations["bf16"]))
-        if ours != _computation(worker):
-            return Replay(computation=ours, equal=False, deviation=self._one(work.deviations["micro-batch"]))
-        found = self._one(work.deviations["same"])
-        return Replay(computation=ours, equal=found == 0.0, deviation=found)
+            return self._told(ours, rounding, moved=(1.0, 0.0, rounding, 0.0))
+        how = "same" if ours == _computation(worker) else "micro-batch"
+        found = apart if how == "same" else self._one(work.deviations[how])
+        if how == "same" and found == 0.0:
+            return Replay(computation=ours, equal=True, moved=_COMMITTED, original_moved=_COMMITTED)
+        return self._told(ours, found, moved=(1.0, 0.0, found, 0.0))
+
+    def _told(
+        self,
+        computation: Computation,
+        deviation: float,
+        *,
+        moved: tuple[float, ...],
+        original: tuple[float, ...] = _COMMITTED,
+        digests: str = "",
+    ) -> Replay:
+        return Replay(
+            computation=computation,
+            equal=False,
+            deviation=deviation,
+            digests=digests,
+            moved=moved,
+            original_moved=original,
+        )
 
     def _one(self, found: list[float]) -> float:
         return found[int(self.draw.integers(len(found)))]
@@ -128,18 +172,28 @@ class Checking(Judge):
         drawn = self.draw.permutation(size)[:EVALUATION_SEQUENCES]
         # All who compute alike find the same.
         found = {half: _scores(submission.work, half=half, drawn=drawn) for half in (False, True)}
+        history = self._history()
+
+        def judged(evaluator: Member) -> tuple[Evaluation, Verdict]:
+            evaluation = self._evaluated(submission, evaluator, drawn, found)
+            return evaluation, judge(
+                evaluation, history, claimed_loss=submission.claimed_loss, batch_sequences=BATCH_SEQUENCES
+            )
+
         settled = self._ask(
             worker,
-            lambda reports, others: settle(reports, lambda a, b: a.agrees_with(b), others=others),
-            lambda evaluator: self._evaluated(submission, evaluator, drawn, found),
+            lambda reports, others: settle(
+                reports,
+                lambda a, b: a[0].agrees_with(b[0]),
+                lambda said: said[1].outcome is Outcome.FAILED,
+                others=others,
+            ),
+            judged,
             cost=EVALUATION_COST,
         )
         if settled.speaker is None:
             return False
-        evaluation = settled.speaker.content
-        verdict = judge(
-            evaluation, self._history(), claimed_loss=submission.claimed_loss, batch_sequences=BATCH_SEQUENCES
-        )
+        evaluation, verdict = settled.speaker.content
         if verdict.outcome is Outcome.FAILED:
             self._reject(worker, is_proven=settled.convicts)
             return False
@@ -177,32 +231,45 @@ class Checking(Judge):
     def _ask(
         self,
         worker: Member,
-        decide: Callable[[list[Report[_Content]], int], Settlement[_Content]],
+        decide: Callable[[list[Report[_Content]], Others], Settlement[_Content]],
         said_by: Callable[[Member], _Content],
         *,
         cost: float,
     ) -> Settlement[_Content]:
-        """Asks one account after another until their reports settle it; those that stood against lose trust."""
+        """Asks one account after another until their reports settle it; those that stood against answer for it."""
         asked: list[Member] = []
         reports: list[Report[_Content]] = []
         while True:
-            settled = decide(reports, self.members.others([worker, *asked]))
-            if settled.next is not Next.ASK and reports:
+            taking_part = [worker, *asked]
+            vouching = len(self._vouches) - sum(member in self._vouches for member in taking_part)
+            settled = decide(reports, Others(all=self.members.others(taking_part), proven=vouching))
+            if settled.next not in (Next.ASK, Next.CONFIRM) and reports:
                 break
-            checker = self.members.pick(but=[worker, *asked])
+            checker = self.members.pick(but=taking_part)
+            while settled.next is Next.CONFIRM and checker not in self._vouches:
+                checker = self.members.pick(but=taking_part)
             asked.append(checker)
             name = str(checker.number)
-            reports.append(Report(worker_id=name, account_id=name, trusted=False, content=said_by(checker)))
+            proven = checker in self._vouches
+            content = said_by(checker)
+            reports.append(Report(worker_id=name, account_id=name, trusted=False, proven=proven, content=content))
             self.tally.checked += cost
         for checker in asked:
-            if str(checker.number) in settled.dissenters:
-                self._standings[checker] = self.standing(checker).after_dissent()
+            if str(checker.number) not in settled.dissenters:
+                continue
+            if settled.convicts:
+                self._strike(checker)
+            else:
+                self._change(checker, self.standing(checker).after_dissent())
         return settled
 
     def _reject(self, worker: Member, *, is_proven: bool) -> None:
-        if not is_proven:
-            return
-        self._standings[worker] = self.standing(worker).after_false_work()
+        if is_proven:
+            self._strike(worker)
+
+    def _strike(self, worker: Member) -> None:
+        self.tally.struck[worker.label] += 1
+        self._change(worker, self.standing(worker).after_falsehood())
         if not self.standing(worker).is_out:
             return
         self.members.shut_out(worker)

@@ -100,6 +100,8 @@ class Tally:
     undone: Counter[str] = field(default_factory=Counter)
     members: Counter[str] = field(default_factory=Counter)
     out: Counter[str] = field(default_factory=Counter)
+    # Verdicts against members, for their work and for their reports.
+    struck: Counter[str] = field(default_factory=Counter)
     honest: int = 0
     honest_rejected: int = 0
     honest_undone: int = 0

@@ -89,6 +89,9 @@ def add(report: Report, lived: Lived) -> None:
         report.add(f"{who}: false work caught", 100 * tally.caught.total() / false, "%")
         left = false - tally.caught.total() - tally.undone.total()
         report.add(f"{who}: false work that stands in the end", left, f"of {false}")
+        taken_back = 10_000 * tally.honest_undone / tally.honest
+        report.add(f"{who}: honest work undone with its author, a liar", taken_back, "of 10,000")
+        report.add(f"{who}: strikes against honest workers", tally.struck["honest"], f"of {tally.struck.total()}")
         report.add(f"{who}: honest workers shut out", tally.out["honest"], f"of {tally.members['honest']}")
         if ours:
             for conduct, count in sorted(tally.acquitted.items()):

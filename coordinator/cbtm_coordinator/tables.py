@@ -224,6 +224,8 @@ workers = Table(
     Column("trusted", Boolean, nullable=False, server_default=text("false")),
     Column("trust", Float, nullable=False, server_default=text("0")),
     _count("strikes"),
+    # Replays that its work was worth since its last one (`verification.audits`).
+    Column("at_risk", Float, nullable=False, server_default=text("0")),
     _count("verified_tokens"),
     _one_of("state", WorkerState),
 )
@@ -342,10 +344,14 @@ checks = Table(
     # Whose work it is: nobody of that account may check it.
     _ref("worker_id", "workers", nullable=False),
     Column("account_id", String(64), ForeignKey("accounts.id"), nullable=False),
+    # Only proven or trusted accounts may do it: a question was raised.
+    Column("confirms", Boolean, nullable=False, server_default=text("false")),
     # Draws what is scored.
     Column("sample_key", String(64), nullable=False),
     # Files that an auditor wrote, reported before it could read those it was to compare with.
     _words("digests_json"),
+    # How the weights moved, by its replay and by the coordinator, noted with them.
+    _words("moved_json"),
     # The report, its worker and account, once there is one.
     _words("report_json"),
     _ref("reporter_id", "workers", nullable=True),
@@ -419,12 +425,14 @@ credits = Table(
     sqlite_autoincrement=True,
 )
 
+# Tasks that are not offered to a worker: for ever, or until a time, for it failed them.
 unfit = Table(
     "unfit",
     metadata,
     _ref("worker_id", "workers", primary_key=True),
     _ref("task_id", "tasks", primary_key=True),
     _words("reason"),
+    _time("until_time", nullable=True),
 )
 Index("ix_unfit_task", unfit.c.task_id)
 

@@ -138,7 +138,7 @@ class CheckRunner:
     # Replaying
 
     def _audit(self) -> bool:
-        from cbtm_worker.train.replay import deviation, replay
+        from cbtm_worker.train.replay import deviation, replay, sampled
 
         check = self._check
         files = self._inputs.fetch(self._spec, self._folder, None)
@@ -156,6 +156,7 @@ class CheckRunner:
         report = ws.AuditReport(
             files=[f.to_proto() for f in describe(written) if f.path.endswith(".safetensors")],
             computation=ws.Computation(**asdict(took)),
+            sampled=sampled(written / "model"),
         )
         answer = self._context.session.report_check(self._held, audit=report)
         if answer.HasField("compare_with"):

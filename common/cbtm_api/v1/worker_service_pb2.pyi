@@ -782,9 +782,30 @@ Global___Score: _TypeAlias = Score  # noqa: Y015
 class AuditReport(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class SampledEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.bytes
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.bytes = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     FILES_FIELD_NUMBER: _builtins.int
     COMPUTATION_FIELD_NUMBER: _builtins.int
     DEVIATION_FIELD_NUMBER: _builtins.int
+    SAMPLED_FIELD_NUMBER: _builtins.int
     deviation: _builtins.float
     """|w' - w| / |w - w0| over all weights, once the checkpoint could be compared with."""
     @_builtins.property
@@ -793,16 +814,23 @@ class AuditReport(_message.Message):
 
     @_builtins.property
     def computation(self) -> Global___Computation: ...
+    @_builtins.property
+    def sampled(self) -> _containers.ScalarMap[_builtins.str, _builtins.bytes]:
+        """Of each tensor of floats that the replay wrote, its name, and its values at sixteen places evenly spaced over its N
+        values, flattened (i * N / 16, rounded down; all where it has fewer): float32, little-endian. With the files.
+        """
+
     def __init__(
         self,
         *,
         files: _abc.Iterable[_resources_pb2.FileSpec] | None = ...,
         computation: Global___Computation | None = ...,
         deviation: _builtins.float | None = ...,
+        sampled: _abc.Mapping[_builtins.str, _builtins.bytes] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_deviation", b"_deviation", "computation", b"computation", "deviation", b"deviation"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_deviation", b"_deviation", "computation", b"computation", "deviation", b"deviation", "files", b"files"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_deviation", b"_deviation", "computation", b"computation", "deviation", b"deviation", "files", b"files", "sampled", b"sampled"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__deviation: _TypeAlias = _typing.Literal["deviation"]  # noqa: Y015
     _WhichOneofArgType__deviation: _TypeAlias = _typing.Literal["_deviation", b"_deviation"]  # noqa: Y015

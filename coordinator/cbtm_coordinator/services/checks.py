@@ -13,6 +13,7 @@ from cbtm_common.errors import InvalidArgument, InvalidState, PermissionDenied
 from cbtm_common.files import FileSpec, strip_prefix
 from cbtm_coordinator.lifecycle import TaskKind
 from cbtm_coordinator.services import convert
+from cbtm_coordinator.services.structure import sizes_at
 from cbtm_coordinator.store import Connection, acceptance, checkpoints, checks, eligibility, runs, tasks
 from cbtm_coordinator.store.checkpoints import MODEL_PREFIX
 from cbtm_coordinator.store.records import (
@@ -26,6 +27,7 @@ from cbtm_coordinator.store.records import (
     files_from_json,
 )
 from cbtm_coordinator.store.runs import HELD_OUT, TRAIN
+from cbtm_coordinator.structure.movement import floats, moved, moved_to_json
 from cbtm_coordinator.verification.audits import Computation
 
 # Clusters whose text makes up the canary, and that of what trains on the whole corpus.
@@ -124,7 +126,7 @@ def _audit(
         files = [FileSpec.from_proto(f) for f in said.files]
         if not 1 <= len(files) <= _MAX_REPLAYED_FILES:
             raise InvalidArgument(f"audit.files: {len(files)} given", field="audit.files")
-        checks.note_digests(tx, check, files)
+        checks.note_replay(tx, check, files, _moved(tx, said, check))
         equal = _digests(files) == _digests(checkpoint.files)
         if not equal:
             return None
@@ -135,6 +137,20 @@ def _audit(
     computation = Computation.of({f.name: getattr(said.computation, f.name) for f in ws.Computation.DESCRIPTOR.fields})
     deviation = said.deviation if said.HasField("deviation") else None
     return {"equal": equal, "deviation": deviation, "computation": asdict(computation)}
+
+
+def _moved(tx: Connection, said: ws.AuditReport, check: CheckRecord) -> str:
+    """How the weights moved in the segment, by the replay and by what was committed; empty where that is not known."""
+    subject = tasks.get_task(tx, check.subject_id)
+    begin, end = sizes_at(tx, subject, check.base_id), sizes_at(tx, subject, check.checkpoint_id)
+    names = sorted(name for name in begin.keys() & end.keys() if begin[name].sampled and end[name].sampled)
+    if not names:
+        return ""
+    committed = moved(names, begin, {name: end[name].sampled for name in names})
+    replayed = (
+        moved(names, begin, {name: floats(told) for name, told in said.sampled.items()}) if said.sampled else None
+    )
+    return moved_to_json(replayed=replayed, committed=committed)
 
 
 def _digests(files: Sequence[FileSpec]) -> set[tuple[str, int, str]]:

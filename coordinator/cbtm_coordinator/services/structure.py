@@ -174,6 +174,17 @@ def _expectation(tx: Connection, known: _Known, checkpoint: CheckpointRecord, ta
     )
 
 
+def sizes_at(tx: Connection, task: TaskRecord, checkpoint_id: str | None) -> Sizes:
+    """Of the weights at a task's checkpoint, or of those that it branched from; none where they are not known."""
+    if checkpoint_id is not None:
+        return _sizes(tx, checkpoint_id) or {}
+    seed = None if task.kind is TaskKind.SEED else experts.seed(tx, task.run_id)
+    if seed is not None and seed.checkpoint_id is not None:
+        return _sizes(tx, seed.checkpoint_id) or {}
+    text = structure.architecture(tx, runs.get_by_id(tx, task.run_id).data_run_id)
+    return {} if text is None else Architecture.from_json(text).sizes
+
+
 def _sizes(tx: Connection, checkpoint_id: str) -> Sizes | None:
     text = structure.sizes(tx, checkpoint_id)
     return None if text is None else sizes_from_json(text)

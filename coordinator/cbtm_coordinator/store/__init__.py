@@ -13,9 +13,10 @@
     checkpoints  begin, committable, commit, latest_good, newest_committed; pruning: drop, prune_finished,
                  prune_abandoned, deletable, mark_deleted
     experts      add, seed, current, versions, quarantine
+    refusals     refuse, count_failure, forget_failures
     checks       open_evaluation, open_audit, get, of_subject, report, settle
     acceptance   after_commit, decide, set_verification
-    rollback     reject, quarantine
+    rollback     reject, strike, quarantine
     eligibility  may_take, others, has_trained, sees_held_out
     credits      earn, take_back, leaderboard, statement
     requeue      requeue_task
@@ -50,6 +51,7 @@ from cbtm_coordinator.store import (
     experts,
     identities,
     leases,
+    refusals,
     rejections,
     requests,
     requeue,
@@ -77,6 +79,7 @@ __all__ = [
     "experts",
     "identities",
     "leases",
+    "refusals",
     "rejections",
     "requests",
     "requeue",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import secrets
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import TypeVar
 
@@ -20,9 +20,10 @@ from cbtm_coordinator.lifecycle import TaskKind, TaskState, Verification
 from cbtm_coordinator.store import checkpoints, checks, eligibility, events, experts, identities, rollback, runs
 from cbtm_coordinator.store.records import CheckpointRecord, CheckRecord, RunRecord, TaskRecord, WorkerRecord
 from cbtm_coordinator.store.tasks import get_task
+from cbtm_coordinator.structure.movement import moved_from_json
 from cbtm_coordinator.tables import leases, workers
 from cbtm_coordinator.tables import tasks as tasks_table
-from cbtm_coordinator.verification.audits import Computation, Replay, compare, wants_audit
+from cbtm_coordinator.verification.audits import Computation, Finding, Replay, compare, wants_audit
 from cbtm_coordinator.verification.evaluation import Evaluation, History, Outcome, Verdict, judge
 from cbtm_coordinator.verification.quorum import REPLICAS, Next, Report, Settlement, settle, settle_audits
 
@@ -40,8 +41,10 @@ def after_commit(
     worker = _worker_of(tx, checkpoint)
     if worker.trusted:
         return
-    decision = wants_audit(worker.trust, draw())
+    _, steps = checks.segment(tx, task, checkpoint)
+    decision = wants_audit(worker.trust, draw(), at_risk=worker.at_risk, share=steps / task.total_steps)
     knows_answers = task.cluster_id is not None and eligibility.sees_held_out(tx, worker.account_id, task.cluster_id)
+    identities.set_at_risk(tx, worker.id, 0.0 if knows_answers else decision.at_risk)
     if decision.audit or knows_answers:
         checks.open_audit(tx, now, task, checkpoint, worker)
     if task.state is TaskState.SUBMITTED:
@@ -55,15 +58,23 @@ def after_commit(
 
 def decide(tx: Connection, now: datetime, subject_id: str) -> None:
     """Does what the reports on a task's work call for. Without news, nothing changes."""
+    liars: list[_Liar] = []
+    _decide(tx, now, subject_id, liars)
+    # After all else: who is shut out may have trained on the same task.
+    for liar in liars:
+        rollback.strike(tx, now, get_task(tx, subject_id), worker_id=liar.worker_id, reason=liar.reason)
+
+
+def _decide(tx: Connection, now: datetime, subject_id: str, liars: list[_Liar]) -> None:
     task = get_task(tx, subject_id, lock=True)
     run = runs.get_by_id(tx, task.run_id)
     found = [check for check in checks.of_subject(tx, task.id) if check.kind is TaskKind.AUDIT]
     for checkpoint_id in dict.fromkeys(check.checkpoint_id for check in found if not check.settled):
         group = [check for check in found if check.checkpoint_id == checkpoint_id]
-        if _decide_audit(tx, now, run, task, group) is Outcome.FAILED:
+        if _decide_audit(tx, now, run, task, group, liars) is Outcome.FAILED:
             return
     if task.state is TaskState.SUBMITTED:
-        _decide_submitted(tx, now, run, task)
+        _decide_submitted(tx, now, run, task, liars)
 
 
 def set_verification(tx: Connection, now: datetime, run: RunRecord, verification: Verification) -> RunRecord:
@@ -85,27 +96,33 @@ def set_verification(tx: Connection, now: datetime, run: RunRecord, verification
 
 
 def _decide_audit(
-    tx: Connection, now: datetime, run: RunRecord, task: TaskRecord, group: Sequence[CheckRecord]
+    tx: Connection,
+    now: datetime,
+    run: RunRecord,
+    task: TaskRecord,
+    group: Sequence[CheckRecord],
+    liars: list[_Liar],
 ) -> Outcome:
     """UNSURE while more must be asked, and when nobody can tell. When FAILED, the work is rejected."""
     check, checkpoint = group[0], checkpoints.get(tx, group[0].checkpoint_id)
     dropout = Recipe.from_json(run.recipe_json).dropout != 0.0
     original = Computation.of(json.loads(checkpoint.metrics_json or "{}"))
 
-    def verdict(said: dict[str, object]) -> Verdict:
-        return compare(_replay(said), original, dropout=dropout)
+    def finding(check: CheckRecord) -> Finding:
+        return compare(_replay(check), original, dropout=dropout)
 
     settled = settle_audits(
-        _reports(tx, group, verdict),
+        _reports(tx, group, finding),
         others=eligibility.others(tx, now, run, check, task.cluster_id),
         failures=_failures(group),
     )
-    if settled.next is Next.ASK:
+    if settled.next in (Next.ASK, Next.CONFIRM):
         if not _asks(tx, now, group):
-            checks.open_audit(tx, now, task, checkpoint, identities.get_worker(tx, check.worker_id))
+            worker = identities.get_worker(tx, check.worker_id)
+            checks.open_audit(tx, now, task, checkpoint, worker, confirms=settled.next is Next.CONFIRM)
         return Outcome.UNSURE
     checks.settle(tx, now, group, settled.reason)
-    _note_dissent(tx, now, task, settled)
+    _note_dissent(tx, now, task, settled, liars)
     about = {"checkpoint_id": checkpoint.id, "step": checkpoint.step, "reports": settled.reason}
     if settled.speaker is None:
         _note(tx, now, "audit.undecided", task, check.worker_id, settled.reason, about)
@@ -124,39 +141,52 @@ def _decide_audit(
 # Submitted models
 
 
-def _decide_submitted(tx: Connection, now: datetime, run: RunRecord, task: TaskRecord) -> None:
+@dataclass(frozen=True, kw_only=True)
+class _Judged:
+    evaluation: Evaluation
+    verdict: Verdict
+
+
+def _decide_submitted(tx: Connection, now: datetime, run: RunRecord, task: TaskRecord, liars: list[_Liar]) -> None:
     checkpoint = checkpoints.submitted(tx, task)
     found = checks.of_subject(tx, task.id)
     group = [c for c in found if c.kind is TaskKind.EVALUATE and c.checkpoint_id == checkpoint.id]
     check = group[0]
     worker = identities.get_worker(tx, check.worker_id)
     cluster_id = get_task(tx, check.task_id).cluster_id
+    recipe, history = Recipe.from_json(run.recipe_json), _history(tx, run, task)
+
+    def judged(check: CheckRecord) -> _Judged:
+        evaluation = Evaluation.of(json.loads(check.report_json))
+        verdict = judge(
+            evaluation,
+            history,
+            claimed_loss=_number(json.loads(checkpoint.metrics_json or "{}").get("loss")),
+            batch_sequences=recipe.of_task(seed=task.kind is TaskKind.SEED).global_batch,
+        )
+        return _Judged(evaluation=evaluation, verdict=verdict)
+
     settled = settle(
-        _reports(tx, group, lambda said: Evaluation.of(said)),  # type: ignore[arg-type]  # of our own writing
-        lambda a, b: a.agrees_with(b),
+        _reports(tx, group, judged),
+        lambda a, b: a.evaluation.agrees_with(b.evaluation),
+        lambda found: found.verdict.outcome is Outcome.FAILED,
         others=eligibility.others(tx, now, run, check, cluster_id),
         failures=_failures(group),
     )
-    if settled.next is Next.ASK:
+    if settled.next in (Next.ASK, Next.CONFIRM):
         if not _asks(tx, now, group):
             assert cluster_id is not None
-            checks.open_evaluation(tx, now, task, checkpoint, worker, cluster_id)
+            confirms = settled.next is Next.CONFIRM
+            checks.open_evaluation(tx, now, task, checkpoint, worker, cluster_id, confirms=confirms)
         return
     if any(not c.settled for c in group):
         checks.settle(tx, now, group, settled.reason)
-        _note_dissent(tx, now, task, settled)
+        _note_dissent(tx, now, task, settled, liars)
     if settled.speaker is None:
         _note(tx, now, "evaluation.undecided", task, check.worker_id, settled.reason, {})
         rollback.reject(tx, now, task, worker_id=check.worker_id, reason=settled.reason, is_proven=False)
         return
-    evaluation = settled.speaker.content
-    recipe = Recipe.from_json(run.recipe_json)
-    verdict = judge(
-        evaluation,
-        _history(tx, run, task),
-        claimed_loss=_number(json.loads(checkpoint.metrics_json or "{}").get("loss")),
-        batch_sequences=recipe.of_task(seed=task.kind is TaskKind.SEED).global_batch,
-    )
+    evaluation, verdict = settled.speaker.content.evaluation, settled.speaker.content.verdict
     evidence = {"checkpoint_id": checkpoint.id, "reports": settled.reason, **verdict.evidence}
     if verdict.outcome is Outcome.FAILED:
         _note(tx, now, "evaluation.failed", task, check.worker_id, verdict.reason, evidence)
@@ -219,7 +249,7 @@ def _cluster_to_judge_on(tx: Connection, run: RunRecord, task: TaskRecord) -> st
 
 
 def _reports(
-    tx: Connection, group: Sequence[CheckRecord], read: Callable[[dict[str, object]], _Content]
+    tx: Connection, group: Sequence[CheckRecord], read: Callable[[CheckRecord], _Content]
 ) -> list[Report[_Content]]:
     ids = {check.reporter_id for check in group if check.report_json}
     rows = tx.execute(select(workers.c.id, workers.c.trusted).where(workers.c.id.in_(ids)))
@@ -229,17 +259,25 @@ def _reports(
             worker_id=check.reporter_id,
             account_id=check.reporter_account_id or "",
             trusted=trusted[check.reporter_id],
-            content=read(json.loads(check.report_json)),
+            proven=identities.account_standing(tx, check.reporter_account_id or "").is_proven,
+            content=read(check),
         )
         for check in group
         if check.report_json and check.reporter_id is not None
     ]
 
 
-def _replay(said: dict[str, object]) -> Replay:
-    computation, deviation = said["computation"], said["deviation"]
-    assert isinstance(computation, dict)
-    return Replay(computation=Computation.of(computation), equal=said["equal"] is True, deviation=_number(deviation))
+def _replay(check: CheckRecord) -> Replay:
+    said = json.loads(check.report_json)
+    moved, original_moved = moved_from_json(check.moved_json)
+    return Replay(
+        computation=Computation.of(said["computation"]),
+        equal=said["equal"] is True,
+        deviation=_number(said["deviation"]),
+        digests=check.digests_json,
+        moved=moved,
+        original_moved=original_moved,
+    )
 
 
 def _failures(group: Sequence[CheckRecord]) -> int:
@@ -253,8 +291,20 @@ def _asks(tx: Connection, now: datetime, group: Sequence[CheckRecord]) -> bool:
     return any(check.task_state in checks.OPEN for check in group)
 
 
-def _note_dissent(tx: Connection, now: datetime, task: TaskRecord, settled: Settlement[_Content]) -> None:
+@dataclass(frozen=True, kw_only=True)
+class _Liar:
+    worker_id: str
+    reason: str
+
+
+def _note_dissent(
+    tx: Connection, now: datetime, task: TaskRecord, settled: Settlement[_Content], liars: list[_Liar]
+) -> None:
+    """Against a verdict nobody stands unpunished; `decide` strikes the liars noted here."""
     for worker_id in settled.dissenters:
+        if settled.convicts:
+            liars.append(_Liar(worker_id=worker_id, reason=f"its report is not so: {settled.reason}"))
+            continue
         identities.change_standing(tx, worker_id, lambda standing: standing.after_dissent())
         _note(tx, now, "worker.dissented", task, worker_id, settled.reason, {})
 

@@ -27,7 +27,7 @@ from cbtm_coordinator.lifecycle import (
     Verification,
     sources,
 )
-from cbtm_coordinator.store import credits, events, experts, leases, runs, tasks
+from cbtm_coordinator.store import credits, events, experts, leases, refusals, runs, tasks
 from cbtm_coordinator.store.records import (
     CheckpointRecord,
     ExpertRecord,
@@ -278,6 +278,7 @@ def commit(
         lease_id=checkpoint.lease_id,
         detail={"checkpoint_id": checkpoint.id, "step": checkpoint.step, "final": checkpoint.final},
     )
+    refusals.forget_failures(tx, task.id)
     _prune_superseded(tx, task.id)
     committed = CheckpointRecord.of(row)
     if not checkpoint.final or _is_checked_first(tx, task, worker_id):

@@ -38,16 +38,36 @@ OPEN = (TaskState.PENDING, TaskState.LEASED)
 
 
 def open_evaluation(
-    tx: Connection, now: datetime, subject: TaskRecord, checkpoint: CheckpointRecord, worker: WorkerRecord, cluster: str
+    tx: Connection,
+    now: datetime,
+    subject: TaskRecord,
+    checkpoint: CheckpointRecord,
+    worker: WorkerRecord,
+    cluster: str,
+    *,
+    confirms: bool = False,
 ) -> None:
-    """One more EVALUATE of a submitted model, on the held-out text of `cluster`."""
-    _open(tx, now, TaskKind.EVALUATE, subject, checkpoint, worker, None, cluster, 6 * EVALUATION_SEQUENCES)
+    """One more EVALUATE of a submitted model, on the held-out text of `cluster`; `confirms`: by a proven account."""
+    steps = 6 * EVALUATION_SEQUENCES
+    _open(tx, now, TaskKind.EVALUATE, subject, checkpoint, worker, None, cluster, steps, confirms)
 
 
 def open_audit(
-    tx: Connection, now: datetime, subject: TaskRecord, checkpoint: CheckpointRecord, worker: WorkerRecord
+    tx: Connection,
+    now: datetime,
+    subject: TaskRecord,
+    checkpoint: CheckpointRecord,
+    worker: WorkerRecord,
+    *,
+    confirms: bool = False,
 ) -> None:
-    """One more AUDIT of the segment that ends at `checkpoint`; it begins at the commit before, or at the beginning."""
+    """One more AUDIT of the segment that ends at `checkpoint`; `confirms`: by a proven account."""
+    base_id, steps = segment(tx, subject, checkpoint)
+    _open(tx, now, TaskKind.AUDIT, subject, checkpoint, worker, base_id, subject.cluster_id, steps, confirms)
+
+
+def segment(tx: Connection, subject: TaskRecord, checkpoint: CheckpointRecord) -> tuple[str | None, int]:
+    """Where the segment that ends at `checkpoint` begins, and its steps: at the commit before, or at the beginning."""
     base = tx.execute(
         select(checkpoints.c.id, checkpoints.c.step)
         .where(
@@ -58,8 +78,7 @@ def open_audit(
         .order_by(checkpoints.c.step.desc(), checkpoints.c.epoch.desc())
         .limit(1)
     ).one_or_none()
-    steps = checkpoint.step - (base.step if base else 0)
-    _open(tx, now, TaskKind.AUDIT, subject, checkpoint, worker, base.id if base else None, subject.cluster_id, steps)
+    return (base.id, checkpoint.step - base.step) if base else (None, checkpoint.step)
 
 
 def _open(
@@ -72,6 +91,7 @@ def _open(
     base_id: str | None,
     cluster_id: str | None,
     steps: int,
+    confirms: bool,
 ) -> None:
     task_id = new_id("task")
     first = tx.execute(
@@ -102,6 +122,7 @@ def _open(
             base_id=base_id,
             worker_id=worker.id,
             account_id=worker.account_id,
+            confirms=confirms,
             # All who score a checkpoint score the same; nobody knows what before it is committed.
             sample_key=first or secrets.token_hex(16),
             create_time=now,
@@ -174,12 +195,12 @@ def discard_reports_of(tx: Connection, account_id: str) -> None:
     )
 
 
-def note_digests(tx: Connection, check: CheckRecord, files: Sequence[FileSpec]) -> None:
+def note_replay(tx: Connection, check: CheckRecord, files: Sequence[FileSpec], moved_json: str) -> None:
     """What a replay wrote, before its worker may read what it is compared with. What was said first stays."""
     tx.execute(
         update(checks)
         .where(checks.c.task_id == check.task_id, checks.c.digests_json == "")
-        .values(digests_json=files_to_json(files))
+        .values(digests_json=files_to_json(files), moved_json=moved_json)
     )
 
 

@@ -7,16 +7,16 @@ whoever saw the text and trains on the cluster is audited at every segment (`see
 
 from __future__ import annotations
 
-from datetime import datetime, timedelta
+from datetime import datetime
 
 from sqlalchemy import Boolean, ColumnElement, Connection, FromClause, String, and_, bindparam, func, or_, select
 
 from cbtm_coordinator.lifecycle import TRAINING, LeaseState, TaskKind, Verification, WorkerState
 from cbtm_coordinator.store.records import CheckRecord, RunRecord
+from cbtm_coordinator.store.refusals import PRESENT
 from cbtm_coordinator.tables import checks, leases, runs, tasks, workers
-
-# An account without a live lease that asked for work in this time is there to be asked.
-_PRESENT = timedelta(hours=1)
+from cbtm_coordinator.verification.quorum import Others
+from cbtm_coordinator.verification.trust import PROVEN
 
 _ACCOUNT = bindparam("of_account", type_=String)
 
@@ -56,8 +56,20 @@ def _may_check(task: FromClause) -> ColumnElement[bool]:
     return and_(
         select(mine.c.task_id).where(mine.c.task_id == task.c.id, mine.c.account_id != _ACCOUNT, ~took_part).exists(),
         or_(task.c.kind != TaskKind.EVALUATE.value, ~_leased(task.c.cluster_id, TaskKind.EXPERT, _ACCOUNT)),
+        or_(~_confirms(task), bindparam("of_trusted", type_=Boolean), _is_proven(_ACCOUNT)),
         or_(runs.c.verification != Verification.TRUSTED.value, bindparam("of_trusted", type_=Boolean)),
     )
+
+
+def _confirms(task: FromClause) -> ColumnElement[bool]:
+    asked = checks.alias("asked")
+    return select(asked.c.task_id).where(asked.c.task_id == task.c.id, asked.c.confirms).exists()
+
+
+def _is_proven(account: ColumnElement[str]) -> ColumnElement[bool]:
+    """Of all its workers, as `identities.account_standing`."""
+    worker = workers.alias("proven_worker")
+    return select(worker.c.id).where(worker.c.account_id == account, worker.c.trust >= PROVEN).exists()
 
 
 def _leased(cluster_id: ColumnElement[str], kind: TaskKind, account: ColumnElement[str]) -> ColumnElement[bool]:
@@ -86,7 +98,7 @@ def has_trained(tx: Connection, account_id: str, cluster_id: str) -> bool:
     return bool(tx.execute(_TRAINED, {"of_cluster": cluster_id, "of_account": account_id}).scalar_one())
 
 
-def others(tx: Connection, now: datetime, run: RunRecord, check: CheckRecord, cluster_id: str | None) -> int:
+def others(tx: Connection, now: datetime, run: RunRecord, check: CheckRecord, cluster_id: str | None) -> Others:
     """Accounts present that could still take a check like this one: not its subject's, and not those that reported."""
     reported = select(checks.c.reporter_account_id).where(
         checks.c.checkpoint_id == check.checkpoint_id,
@@ -98,7 +110,7 @@ def others(tx: Connection, now: datetime, run: RunRecord, check: CheckRecord, cl
         workers.c.state == WorkerState.ACTIVE.value,
         workers.c.account_id != check.account_id,
         workers.c.account_id.not_in(reported),
-        or_(workers.c.last_seen_time >= now - _PRESENT, live.exists()),
+        or_(workers.c.last_seen_time >= now - PRESENT, live.exists()),
     )
     if check.kind is TaskKind.EVALUATE:
         trained = (
@@ -110,4 +122,5 @@ def others(tx: Connection, now: datetime, run: RunRecord, check: CheckRecord, cl
         query = query.where(workers.c.account_id.not_in(trained))
     if run.verification is Verification.TRUSTED:
         query = query.where(workers.c.trusted.is_(True))
-    return int(tx.execute(query).scalar_one())
+    proven = query.where(or_(workers.c.trusted, _is_proven(workers.c.account_id)))
+    return Others(all=int(tx.execute(query).scalar_one()), proven=int(tx.execute(proven).scalar_one()))

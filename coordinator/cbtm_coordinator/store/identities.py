@@ -256,6 +256,11 @@ def change_standing(tx: Connection, worker_id: str, change: Callable[[Standing],
     return standing
 
 
+def set_at_risk(tx: Connection, worker_id: str, at_risk: float) -> None:
+    """Replays that its work was worth since its last one."""
+    tx.execute(update(workers).where(workers.c.id == worker_id).values(at_risk=at_risk))
+
+
 def account_standing(tx: Connection, account_id: str) -> Standing:
     """Of all workers of an account: one that is shut out does not come back as another."""
     query = select(func.max(workers.c.trust).label("trust"), func.sum(workers.c.strikes).label("strikes"))

@@ -18,7 +18,7 @@ from cbtm_common.ids import new_id
 from cbtm_common.recipe import LeaseRecipe, Recipe
 from cbtm_coordinator.lifecycle import TRAINING, LeaseState, TaskKind, TaskState, sources
 from cbtm_coordinator.scheduler import Measured, expiry_reason, pace
-from cbtm_coordinator.store import events, identities, runs
+from cbtm_coordinator.store import events, identities, refusals, runs
 from cbtm_coordinator.store.eligibility import may_take
 from cbtm_coordinator.store.records import LeaseRecord, RunRecord, TaskRecord, prefixed
 from cbtm_coordinator.store.tasks import WORKING, get_task, reopen
@@ -81,7 +81,11 @@ def _claim(*conditions: ColumnElement[bool]) -> Update:
             _OPEN.c.not_before_time <= bindparam("new_time", type_=UtcDateTime),
             runs_table.c.paused.is_(False),
             runs_table.c.state.in_(WORKING),
-            ~exists().where(unfit.c.worker_id == bindparam("of_worker"), unfit.c.task_id == _OPEN.c.id),
+            ~exists().where(
+                unfit.c.worker_id == bindparam("of_worker"),
+                unfit.c.task_id == _OPEN.c.id,
+                or_(unfit.c.until_time.is_(None), unfit.c.until_time > bindparam("new_time", type_=UtcDateTime)),
+            ),
             may_take(_OPEN),
             *conditions,
         )
@@ -268,13 +272,12 @@ def release(
         detail={"failed": failed, "unfit": is_unfit, "committed_step": task.committed_step},
     )
     if is_unfit:
-        tx.execute(insert(unfit).values(worker_id=worker_id, task_id=task.id, reason=detail))
-    if failed:
-        identities.count_failure(tx, now, worker_id)
-    elif task.state is TaskState.DONE:
+        refusals.refuse(tx, worker_id, task.id, detail)
+    counts = failed and refusals.count_failure(tx, now, worker_id, task.id, detail)
+    if not failed and task.state is TaskState.DONE:
         identities.count_success(tx, worker_id)
     if task.state is TaskState.LEASED:
-        task = reopen(tx, now, task, event="release", reason=detail, counts=failed)
+        task = reopen(tx, now, task, event="release", reason=detail, counts=counts)
     return lease, task
 
 
@@ -321,10 +324,9 @@ def expire(tx: Connection, now: datetime, lease: LeaseRecord) -> LeaseRecord | N
         detail={"step": lease.step, "committed_step": task.committed_step},
     )
     hung = lease.expire_time > now
-    if hung:
-        identities.count_failure(tx, now, lease.worker_id)
+    counts = hung and refusals.count_failure(tx, now, lease.worker_id, task.id, reason)
     if task.state is TaskState.LEASED:
-        reopen(tx, now, task, event="expire", reason=reason, counts=hung)
+        reopen(tx, now, task, event="expire", reason=reason, counts=counts)
     point("coordinator.expire.before_commit")
     return get_lease(tx, lease.id)
 

@@ -194,6 +194,7 @@ class WorkerRecord(_FromRow):
     trusted: bool
     trust: float
     strikes: int
+    at_risk: float
     verified_tokens: int
 
 
@@ -213,8 +214,10 @@ class CheckRecord(_FromRow):
     base_id: str | None
     worker_id: str
     account_id: str
+    confirms: bool
     sample_key: str
     digests_json: str
+    moved_json: str
     report_json: str
     reporter_id: str | None
     reporter_account_id: str | None

@@ -13,7 +13,7 @@ from sqlalchemy import Connection, update
 
 from cbtm_common.errors import InvalidState
 from cbtm_coordinator.lifecycle import CheckpointState, LeaseState, TaskState, sources
-from cbtm_coordinator.store import events, identities, leases
+from cbtm_coordinator.store import events, leases, refusals
 from cbtm_coordinator.store.checkpoints import get
 from cbtm_coordinator.store.records import CheckpointRecord, TaskRecord
 from cbtm_coordinator.store.tasks import get_task, reopen
@@ -56,7 +56,7 @@ def reject(
         reason=reason,
         detail={"checkpoint_id": checkpoint.id, "step": checkpoint.step, "evidence": dict(evidence)},
     )
-    identities.count_failure(tx, now, lease.worker_id)
+    counts = refusals.count_failure(tx, now, lease.worker_id, task.id, reason)
     if task.epoch == lease.epoch and task.state in (TaskState.LEASED, TaskState.PENDING):
-        return reopen(tx, now, task, event="reject", reason=reason, counts=True)
+        return reopen(tx, now, task, event="reject", reason=reason, counts=counts)
     return task

@@ -5,7 +5,6 @@ from __future__ import annotations
 from datetime import datetime
 
 from sqlalchemy import Connection, select, update
-from sqlalchemy.dialects import postgresql, sqlite
 
 from cbtm_coordinator.lifecycle import (
     CheckpointState,
@@ -16,17 +15,12 @@ from cbtm_coordinator.lifecycle import (
     WorkerState,
     sources,
 )
-from cbtm_coordinator.store import checks, credits, events, experts, identities, runs
+from cbtm_coordinator.store import checks, credits, events, experts, identities, refusals, runs
 from cbtm_coordinator.store.leases import end_lease, live_leases, revoke_leases
 from cbtm_coordinator.store.lineage import Segment, clean_step, lineage
 from cbtm_coordinator.store.records import TaskRecord
 from cbtm_coordinator.store.tasks import get_task
-from cbtm_coordinator.tables import checkpoints, leases, tasks, tokens, unfit, workers
-
-_UNFIT = {
-    dialect.__name__.rpartition(".")[2]: dialect.insert(unfit).on_conflict_do_nothing()
-    for dialect in (postgresql, sqlite)
-}
+from cbtm_coordinator.tables import checkpoints, leases, tasks, tokens, workers
 
 
 def reject(
@@ -52,14 +46,19 @@ def reject(
         for contributor in sorted({segment.worker_id for segment in segments}):
             identities.change_standing(tx, contributor, lambda standing: standing.after_dissent())
         return
-    tx.execute(_UNFIT[tx.dialect.name], {"worker_id": worker_id, "task_id": task.id, "reason": reason})
-    if not is_proven:
-        return
-    identities.change_standing(tx, worker_id, lambda standing: standing.after_false_work())
+    refusals.refuse(tx, worker_id, task.id, reason)
+    if is_proven:
+        strike(tx, now, task, worker_id=worker_id, reason=reason)
+
+
+def strike(tx: Connection, now: datetime, task: TaskRecord, *, worker_id: str, reason: str) -> None:
+    """A verdict stands against what a worker handed in or reported on a task; the second shuts its account out."""
+    worker = identities.get_worker(tx, worker_id)
+    identities.change_standing(tx, worker_id, lambda standing: standing.after_falsehood())
     events.append(tx, now, "worker.struck", run_id=task.run_id, task_id=task.id, worker_id=worker_id, reason=reason)
     standing = identities.account_standing(tx, worker.account_id)
     if standing.is_out:
-        quarantine(tx, now, worker.account_id, f"its work was shown to be false {standing.strikes} times: {reason}")
+        quarantine(tx, now, worker.account_id, f"what it did was shown to be false {standing.strikes} times: {reason}")
 
 
 def quarantine(tx: Connection, now: datetime, account_id: str, reason: str) -> int:

@@ -1,7 +1,8 @@
 """Tasks: made when a run starts, counted, opened again.
 
 An attempt is counted when a worker says that the task failed, or hangs; a machine that vanishes or is preempted does
-not count. Attempts are counted since the last committed checkpoint.
+not count, nor does what the same worker failed before (`refusals`). Attempts are counted since the last committed
+checkpoint.
 """
 
 from __future__ import annotations
@@ -114,7 +115,9 @@ def count_open(tx: Connection, *, run_id: str | None = None, worker_id: str = ""
             # Behind a failed seed the experts wait for the owner.
             or_(tasks.c.state != TaskState.BLOCKED.value, runs_table.c.state != RunState.FAILED.value),
             runs_table.c.state.in_(WORKING),
-            ~exists().where(unfit.c.worker_id == worker_id, unfit.c.task_id == tasks.c.id),
+            ~exists().where(
+                unfit.c.worker_id == worker_id, unfit.c.task_id == tasks.c.id, unfit.c.until_time.is_(None)
+            ),
         )
     )
     if run_id is not None:

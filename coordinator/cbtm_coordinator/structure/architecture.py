@@ -5,11 +5,14 @@ Learned once from the files of the base model, which the run's owner provides, a
 
 from __future__ import annotations
 
+import base64
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+import numpy as np
 
 from cbtm_common.errors import IntegrityError, InvalidArgument
 from cbtm_common.safetensors_header import ITEM_BYTES, SafetensorsHeader
@@ -33,14 +36,18 @@ class TensorSpec:
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """How large a tensor's values are: root mean square, and the share of subnormal ones."""
+    """How large a tensor's values are: root mean square, the share of subnormal ones, some values as they are.
+
+    `sampled` are those at `cbtm_common.places`, in float32; none where an older version looked.
+    """
 
     rms: float
     subnormals: float = 0.0
+    sampled: tuple[float, ...] = ()
 
     @classmethod
     def of(cls, statistics: Statistics) -> Size:
-        return cls(statistics.rms, statistics.subnormal_share)
+        return cls(statistics.rms, statistics.subnormal_share, tuple(statistics.sampled))
 
 
 # By the name of the tensor.
@@ -105,12 +112,24 @@ def sizes_from_json(text: str) -> Sizes:
     return _sizes_in(json.loads(text))
 
 
-def _sizes_out(sizes: Sizes) -> dict[str, list[float]]:
-    return {name: [size.rms, size.subnormals] for name, size in sizes.items()}
+def _sizes_out(sizes: Sizes) -> dict[str, list[float | str]]:
+    return {name: [size.rms, size.subnormals, floats_to_text(size.sampled)] for name, size in sizes.items()}
 
 
-def _sizes_in(data: Mapping[str, list[float]]) -> Sizes:
-    return {name: Size(*values) for name, values in data.items()}
+def _sizes_in(data: Mapping[str, list[Any]]) -> Sizes:
+    return {
+        name: Size(rms, subnormals, *map(floats_from_text, rest)) for name, (rms, subnormals, *rest) in data.items()
+    }
+
+
+def floats_to_text(values: Sequence[float]) -> str:
+    """As float32, in base64."""
+    with np.errstate(over="ignore"):
+        return base64.b64encode(np.asarray(values, "<f4").tobytes()).decode()
+
+
+def floats_from_text(text: str) -> tuple[float, ...]:
+    return tuple(np.frombuffer(base64.b64decode(text), "<f4").tolist())
 
 
 class ArchitectureBuilder:

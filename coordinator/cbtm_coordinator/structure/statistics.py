@@ -8,10 +8,13 @@ processor takes a hundred times as long over subnormal products, and a file full
 from __future__ import annotations
 
 import math
+from collections import deque
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from cbtm_common.places import places
 
 # Values of these can be looked at; integers and booleans are what they are.
 FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
@@ -29,10 +32,16 @@ Bits = npt.NDArray[np.uint32]
 
 
 class Statistics:
-    """Of one tensor of dtype `dtype`, which must be of FLOATS. `add` takes its bytes in order."""
+    """Of one tensor of `count` values of dtype `dtype`, which must be of FLOATS. `add` takes its bytes in order.
 
-    def __init__(self, dtype: str) -> None:
+    `sampled` are its values at `cbtm_common.places`.
+    """
+
+    def __init__(self, dtype: str, count: int) -> None:
         self._dtype = dtype
+        self._places = deque(places(count))
+        self._seen = 0
+        self.sampled: list[float] = []
         self._scratch: Bits = np.empty(_BLOCK, np.uint32)
         self.count = 0
         self.sum = 0.0
@@ -53,6 +62,9 @@ class Statistics:
     def add(self, data: memoryview) -> None:
         """Whole values, any number of them."""
         values = _values(self._dtype, data)
+        while self._places and self._places[0] < self._seen + len(values):
+            self.sampled.append(float(values[self._places.popleft() - self._seen]))
+        self._seen += len(values)
         for start in range(0, len(values), _BLOCK):
             block = values[start : start + _BLOCK]
             if values.itemsize == 8:

@@ -94,7 +94,8 @@ class SafetensorsStream:
 
     def _start(self, name: str, entry: TensorEntry) -> None:
         self._name, self._due, self._item = name, entry.end - entry.begin, ITEM_BYTES[entry.dtype]
-        self._statistics = Statistics(entry.dtype) if entry.dtype in FLOATS else None
+        count = self._due // self._item
+        self._statistics = Statistics(entry.dtype, count) if entry.dtype in FLOATS else None
 
     def _add(self, data: memoryview) -> None:
         if self._statistics is not None:

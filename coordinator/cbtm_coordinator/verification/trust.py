@@ -1,6 +1,7 @@
 """A worker's standing: what it earned by work that was checked, and lost by work that was not what it seemed.
 
-As BOINC's adaptive replication has it, a proven worker is checked seldom, and one failure costs all that was earned.
+Reports are work too: one that a verdict shows to be false costs what false work costs. As BOINC's adaptive
+replication has it, a proven worker is checked seldom, and one failure costs all that was earned.
 """
 
 from __future__ import annotations
@@ -9,18 +10,25 @@ from dataclasses import dataclass, replace
 
 # Each passed audit takes this share of the distance to full trust; after eight, one segment in a hundred is audited.
 _STEP = 0.25
-# An evaluator or auditor that stood against the others may only be unlucky.
+# An evaluator or auditor that stood against others, without a verdict, may only be unlucky.
 _DISSENT = 0.5
+# Five passed audits. Its word counts in a verdict on others.
+PROVEN = 0.75
 # One failure may be a broken machine; the second shuts it out.
 REVOKED_AT = 2
 
 
 @dataclass(frozen=True, kw_only=True)
 class Standing:
-    """`trust` from 0, of a new worker, to 1; `strikes` counts work that was shown to be false."""
+    """`trust` from 0, of a new worker, to 1; `strikes` counts work and reports that were shown to be false."""
 
     trust: float = 0.0
     strikes: int = 0
+
+    @property
+    def is_proven(self) -> bool:
+        """Whether its word may decide against others."""
+        return self.trust >= PROVEN
 
     @property
     def is_out(self) -> bool:
@@ -33,5 +41,5 @@ class Standing:
     def after_dissent(self) -> Standing:
         return replace(self, trust=self.trust * _DISSENT)
 
-    def after_false_work(self) -> Standing:
+    def after_falsehood(self) -> Standing:
         return Standing(trust=0.0, strikes=self.strikes + 1)

@@ -24,6 +24,7 @@ from cbtm_common.recipe import Recipe
 from cbtm_common.rpc import Connection, connect
 from cbtm_common.shards import read_shard, write_shard
 from cbtm_worker.train import Trainer, TrainJob, write_checkpoint
+from cbtm_worker.train.replay import sampled
 from tests.support.raw_run import RawWorker
 from tests.support.run_fixture import RUN, Site, prepare, site, undisturbed
 
@@ -121,6 +122,40 @@ class Liar(RawWorker):
         assert answer.task_state == pb.TASK_STATE_SUBMITTED
         self.release(taken.lease)
 
+    def evaluate(self, *, own_loss: float, train_loss: float) -> None:
+        """Scores nothing, and says that the model's losses are these."""
+        check = self.take(pb.TASK_KIND_EVALUATE)
+
+        def score(loss: float) -> ws.Score:
+            return ws.Score(sequences=64, base_loss=5.0, loss=loss, loss_deviation=0.1, gain_deviation=0.1)
+
+        said = ws.EvaluationReport(own=score(own_loss), train=score(train_loss), canary=score(own_loss))
+        request_id, lease = new_request_id(), check.lease
+        self.calls.ReportCheck(
+            ws.ReportCheckRequest(request_id=request_id, lease_id=lease.id, epoch=lease.epoch, evaluation=said)
+        )
+        self.release(lease)
+
+    def invent_replay(self) -> ws.ReportCheckResponse:
+        """Trains nothing, and says that an unusual device came close: weights stayed where the segment began."""
+        check = self.take(pb.TASK_KIND_AUDIT)
+        base = self._folder / check.lease.id / "base"
+        base.mkdir(parents=True)
+        self._fetch(check.lease, check.spec.base_model_files, base)
+        audit = ws.AuditReport(
+            files=[pb.FileSpec(path="model/model.safetensors", size=10, sha256="0" * 64)],
+            computation=ws.Computation(device_type="cpu", environment="an unusual device", precision="fp32"),
+            sampled=sampled(base),
+        )
+        request = ws.ReportCheckRequest(lease_id=check.lease.id, epoch=check.lease.epoch, audit=audit)
+        request.request_id = new_request_id()
+        assert self.calls.ReportCheck(request).HasField("compare_with")
+        request.request_id = new_request_id()
+        request.audit.deviation = 0.01
+        answer = self.calls.ReportCheck(request)
+        self.release(check.lease)
+        return answer
+
     def _fetch(self, lease: pb.Lease, files: object, folder: Path) -> None:
         given = list(files)  # type: ignore[call-overload]
         for path, file in zip(self.download(lease, given, folder), given, strict=True):
@@ -140,7 +175,7 @@ def verify(here: Site, by: pb.Verification.ValueType) -> None:
 
 
 def start_evaluator(here: Site) -> None:
-    here.start_worker("owner", "--evaluate-only", token=token_of(here, "owner", trusted=True))
+    here.start_worker("owner", "--evaluate-only", token=token_of(here, "owner", trusted=True), step_seconds=0.0)
 
 
 def change_weights(final: Path, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
@@ -275,22 +310,12 @@ def test_evaluators_in_collusion_do_not_save_a_lie_from_the_replay(here: Site) -
     untrained(final, base)
     liar.hand_in(taken, final, metrics)
     for friend in [Liar(here, "friend"), Liar(here, "cousin")]:
-        check = friend.take(pb.TASK_KIND_EVALUATE)
-        assert check.spec.task.kind == pb.TASK_KIND_EVALUATE
-        score = ws.Score(sequences=64, base_loss=5.0, loss=4.0, loss_deviation=0.1, gain_deviation=0.1)
-        train = ws.Score(sequences=64, base_loss=5.0, loss=metrics["loss"], loss_deviation=0.1, gain_deviation=0.1)  # type: ignore[arg-type]
-        report = ws.EvaluationReport(own=score, train=train, canary=score)
-        friend.calls.ReportCheck(
-            ws.ReportCheckRequest(
-                request_id=new_request_id(), lease_id=check.lease.id, epoch=check.lease.epoch, evaluation=report
-            )
-        )
-        friend.release(check.lease)
+        friend.evaluate(own_loss=4.0, train_loss=metrics["loss"])  # type: ignore[arg-type]
     assert here.experts().keys() == {-1}
-    for name in ("ann", "bob"):
-        here.start_worker(name, "--evaluate-only", token=token_of(here, name), until_idle=False)
+    for name in ("ann", "bob", "cem"):
+        here.start_worker(name, "--evaluate-only", token=token_of(here, name), until_idle=False, step_seconds=0.0)
     event = rejected(here, "audit.failed")
-    assert "2 of 2 reports" in event.detail["reports"]
+    assert "3 of 3 reports" in event.detail["reports"]
 
 
 def test_a_replay_is_not_believed_without_the_digests_of_what_it_wrote(here: Site) -> None:
@@ -323,6 +348,27 @@ def test_a_replay_is_not_believed_without_the_digests_of_what_it_wrote(here: Sit
     report(ws.AuditReport(files=answer.compare_with.files, deviation=0.9))
     (said,) = here.rows("SELECT report_json FROM checks WHERE report_json != ''")
     assert json.loads(said["report_json"])["equal"] is False
+
+
+def test_a_pair_of_slanderers_and_an_invented_replay_decide_nothing_and_are_struck(here: Site) -> None:
+    verify(here, pb.VERIFICATION_PEERS)
+    trainer = Liar(here, "honest trainer")
+    taken = trainer.take()
+    final, _, metrics = trainer.train(taken)
+    trainer.hand_in(taken, final, metrics)
+    for slanderer in (Liar(here, "sly"), Liar(here, "vic")):
+        slanderer.evaluate(own_loss=6.0, train_loss=6.0)
+    assert Liar(here, "lazy").invent_replay().task_state == pb.TASK_STATE_DONE
+    # Two that condemn alike, and one that says it replayed: nothing is rejected by it, and nothing acquitted.
+    assert here.events("evaluation.failed") == here.events("audit.passed") == []
+    start_evaluator(here)
+    here.until(lambda: here.experts().keys() > {-1}, "the expert to be accepted", 90)
+    assert len(here.events("audit.passed")) == len(here.events("evaluation.passed")) == 1
+    strikes = here.rows(
+        "SELECT accounts.name, strikes FROM workers JOIN accounts ON accounts.id = workers.account_id"
+        " WHERE strikes > 0 ORDER BY accounts.name"
+    )
+    assert [(row["name"], row["strikes"]) for row in strikes] == [("lazy", 1), ("sly", 1), ("vic", 1)]
 
 
 def test_held_out_text_is_never_for_an_account_that_trained_the_cluster(here: Site) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 from sqlalchemy import select
 
+from cbtm_common.files import FileSpec
 from cbtm_coordinator.lifecycle import (
     CHECKING,
     CheckpointState,
@@ -31,6 +32,7 @@ from cbtm_coordinator.store import (
 )
 from cbtm_coordinator.store import tasks as task_store
 from cbtm_coordinator.store.records import CheckpointRecord, LeaseRecord, TaskRecord
+from cbtm_coordinator.structure.movement import moved_to_json
 from cbtm_coordinator.tables import checkpoints as checkpoints_table
 from cbtm_coordinator.verification.audits import Computation
 from cbtm_coordinator.verification.evaluation import Evaluation, Score
@@ -45,8 +47,10 @@ BAD = Evaluation(
     train=Score(sequences=64, base_loss=2.0, loss=1.0, loss_deviation=0.1, gain_deviation=0.1),
 )
 COMPUTED = Computation(device_type="cpu", environment="a CPU", precision="fp32", micro_batch=1)
-EQUAL = {"equal": True, "deviation": None, "computation": asdict(COMPUTED)}
-OTHER = {"equal": False, "deviation": 1.0, "computation": asdict(COMPUTED)}
+EQUAL: dict[str, object] = {"equal": True, "deviation": None, "computation": asdict(COMPUTED)}
+OTHER: dict[str, object] = {"equal": False, "deviation": 1.0, "computation": asdict(COMPUTED)}
+# How weights moved: what was committed, what an honest replay of something else comes to, what is invented.
+COMMITTED, REPLAYED, INVENTED = (1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0)
 
 
 class Community:
@@ -101,13 +105,24 @@ class Community:
         self.registry.release(lease)
         return checkpoint
 
-    def report(self, name: str, found: Evaluation | dict[str, object]) -> None:
+    def trust(self, *names: str) -> None:
+        """Their own work stood up to replays."""
+        with self.registry.store.writing() as tx:
+            for name in names:
+                identities.change_standing(tx, self.workers[name], lambda s: replace(s, trust=0.9))
+
+    def report(self, name: str, found: Evaluation | dict[str, object], *, moved: tuple[float, ...] = REPLAYED) -> None:
+        """`moved`: how the weights of a replay did."""
         kind = TaskKind.EVALUATE if isinstance(found, Evaluation) else TaskKind.AUDIT
         lease = self.take(name, kind)
         content = {n: asdict(s) for n, s in found.scores.items()} if isinstance(found, Evaluation) else found
         with self.registry.store.writing() as tx:
             check = checks.get(tx, lease.task_id)
             reporter = identities.get_worker(tx, lease.worker_id)
+            if kind is TaskKind.AUDIT:
+                moved = COMMITTED if found is EQUAL else moved
+                wrote = [FileSpec(path="model/model.safetensors", size=1, sha256=str(moved))]
+                checks.note_replay(tx, check, wrote, moved_to_json(replayed=moved, committed=COMMITTED))
             checks.report(tx, self.registry.clock(), lease, check, reporter, content)
             acceptance.decide(tx, self.registry.clock(), check.subject_id)
         self.registry.release(lease)
@@ -166,6 +181,7 @@ def test_evaluators_that_disagree_call_a_third_and_the_minority_is_trusted_less(
     here.report("bob", BAD)
     here.report("cem", GOOD)
     assert here.task.state is TaskState.SUBMITTED
+    # Nobody is left to ask, and nobody who spoke for it is proven: no verdict.
     here.report("dan", GOOD)
     assert here.task.state is TaskState.DONE
     assert here.standing("bob")[:2] == (pytest.approx(0.4), 0)
@@ -176,9 +192,12 @@ def test_a_check_that_nobody_can_do_is_opened_for_others_and_fails_no_run(regist
     here = Community(registry, "ann", "bob", "cem")
     here.hand_in("ann")
     # Two checks of three attempts each: after five failures one of them is given up.
-    for _ in range(5):
+    for number in range(5):
+        # What one worker fails again is no further attempt.
+        name = f"full {number}"
+        here.workers[name] = registry.worker(name, account=name)
         registry.clock.advance(120)
-        registry.release(here.take("bob", TaskKind.EVALUATE), failed=True, detail="no memory")
+        registry.release(here.take(name, TaskKind.EVALUATE), failed=True, detail="no memory")
     assert registry.get_run(here.run).state is RunState.TRAINING
     with registry.store.writing() as tx:
         assert checks.stalled(tx) == [here.task_id]
@@ -191,37 +210,41 @@ def test_a_check_that_nobody_can_do_is_opened_for_others_and_fails_no_run(regist
 
 
 def test_false_work_is_a_strike_and_the_second_shuts_its_account_out(registry: Registry) -> None:
-    here = Community(registry, "ann", "bob", "cem")
+    here = Community(registry, "ann", "bob", "cem", "dan")
     here.workers["ann again"] = registry.worker("ann again", account="ann")
+    here.trust("cem", "dan")
     here.hand_in("ann")
     here.report("bob", BAD)
     here.report("cem", BAD)
+    assert here.task.state is TaskState.SUBMITTED
+    here.report("dan", BAD)
     assert (here.task.state, here.task.committed_step) == (TaskState.PENDING, 0)
     assert here.standing("ann") == (0.0, 1, WorkerState.ACTIVE)
     # It is not offered to her again, but to another machine of hers.
     assert here.acquire("ann") is None
     here.hand_in("ann again")
-    here.report("bob", BAD)
-    here.report("cem", BAD)
+    for name in ("bob", "cem", "dan"):
+        here.report(name, BAD)
     assert here.standing("ann")[2] is here.standing("ann again")[2] is WorkerState.REVOKED
     assert here.task.state is TaskState.PENDING
     assert "account.quarantined" not in here.kinds()
 
 
 def test_a_model_of_several_accounts_that_fails_strikes_nobody_and_is_trained_anew(registry: Registry) -> None:
-    here = Community(registry, "ann", "bob", "cem", "dan")
+    here = Community(registry, "ann", "bob", "cem", "dan", "eve")
     lease = here.take("ann")
     here.save(lease, 50)
     registry.release(lease)
     here.hand_in("bob")
-    here.report("cem", BAD)
-    here.report("dan", BAD)
+    for name in ("cem", "dan", "eve"):
+        here.report(name, BAD)
     assert (here.task.state, here.task.committed_step) == (TaskState.PENDING, 0)
     assert [here.standing(name)[:2] for name in ("ann", "bob")] == [(0.5, 0), (0.5, 0)]
 
 
 def test_a_false_segment_is_rolled_back_to_the_last_checkpoint_of_somebody_else(registry: Registry) -> None:
-    here = Community(registry, "ann", "bob", "cem", "dan")
+    here = Community(registry, "ann", "bob", "cem", "dan", "eve")
+    here.trust("dan", "eve")
     lease = here.take("ann")
     here.save(lease, 20)
     here.save(lease, 30)
@@ -234,6 +257,8 @@ def test_a_false_segment_is_rolled_back_to_the_last_checkpoint_of_somebody_else(
     here.report("cem", OTHER)
     assert here.task.state is TaskState.LEASED
     here.report("dan", OTHER)
+    assert here.task.state is TaskState.LEASED
+    here.report("eve", OTHER)
     assert (here.task.state, here.task.committed_step) == (TaskState.PENDING, 30)
     resumed = registry.resume_from(here.task_id)
     assert resumed is not None
@@ -258,11 +283,87 @@ def test_one_word_against_a_segment_is_not_enough_while_another_can_be_asked(reg
     assert here.standing("ann")[1] == 0
 
 
+def test_two_slanderers_drawn_together_convict_nobody_and_the_verdict_strikes_both(registry: Registry) -> None:
+    here = Community(registry, "ann", "sly", "vic", "bob", "cem", "dan")
+    here.trust("sly", "vic", "bob", "cem", "dan")
+    here.hand_in("ann")
+    here.report("sly", BAD)
+    here.report("vic", BAD)
+    assert here.task.state is TaskState.SUBMITTED
+    for name in ("bob", "cem", "dan"):
+        here.report(name, GOOD)
+    assert here.task.state is TaskState.DONE
+    assert here.standing("ann")[1] == 0
+    assert [here.standing(name) for name in ("sly", "vic")] == [(0.0, 1, WorkerState.ACTIVE)] * 2
+    assert all(here.standing(name)[1] == 0 for name in ("bob", "cem", "dan"))
+    assert here.kinds().count("worker.struck") == 2
+
+
+def test_a_question_is_for_proven_accounts_as_long_as_there_are_any(registry: Registry) -> None:
+    here = Community(registry, "ann", "sly", "vic", "new", "bob")
+    here.trust("bob")
+    here.hand_in("ann")
+    here.report("sly", BAD)
+    here.report("vic", BAD)
+    assert here.acquire("new", TaskKind.EVALUATE) is None
+    here.report("bob", GOOD)
+    # Nobody proven is left: a newcomer may be asked again.
+    assert here.acquire("new", TaskKind.EVALUATE) is not None
+    assert here.task.state is TaskState.SUBMITTED
+
+
+def test_who_lies_in_two_reports_is_shut_out(registry: Registry) -> None:
+    here = Community(registry, "ann", "sly", "bob", "cem", "dan")
+    here.trust("sly", "bob", "cem", "dan")
+    lease = here.take("ann")
+    for step in (20, 40):
+        here.save(lease, step, audited=True)
+        here.report("sly", OTHER, moved=INVENTED)
+        assert here.standing("sly")[1] == step / 20 - 1
+        for name in ("bob", "cem", "dan"):
+            here.report(name, EQUAL)
+    assert here.standing("sly")[2] is WorkerState.REVOKED
+    assert here.standing("ann")[1] == 0
+    assert here.task.committed_step == 40
+
+
+def test_a_liar_that_trained_on_the_task_is_undone_with_it(registry: Registry) -> None:
+    """The verdict on its report comes first; then what it trained before is taken back."""
+    here = Community(registry, "sly", "ann", "bob", "cem", "dan")
+    here.trust("bob", "cem", "dan")
+    lease = here.take("sly")
+    here.save(lease, 20)
+    registry.release(lease)
+    with registry.store.writing() as tx:
+        identities.change_standing(tx, here.workers["sly"], lambda s: replace(s, strikes=1))
+    lease = here.take("ann")
+    here.save(lease, 40, audited=True)
+    here.report("sly", OTHER, moved=INVENTED)
+    for name in ("bob", "cem", "dan"):
+        here.report(name, EQUAL)
+    assert here.standing("sly")[2] is WorkerState.REVOKED
+    assert (here.task.state, here.task.committed_step) == (TaskState.PENDING, 0)
+    assert here.standing("ann")[1] == 0
+
+
+def test_an_invented_audit_acquits_no_cheat(registry: Registry) -> None:
+    here = Community(registry, "ann", "lazy", "bob", "cem", "dan")
+    here.trust("lazy", "bob", "cem", "dan")
+    here.hand_in("ann", audited=True)
+    elsewhere = {"equal": False, "deviation": 0.01, "computation": asdict(replace(COMPUTED, environment="unusual"))}
+    here.report("lazy", elsewhere, moved=(0.0, 0.0, 0.0))
+    assert "audit.passed" not in here.kinds()
+    for name in ("bob", "cem", "dan"):
+        here.report(name, OTHER)
+    assert (here.standing("ann")[1], here.standing("lazy")[1]) == (1, 1)
+    assert here.task.state is TaskState.PENDING
+
+
 def test_whoever_saw_the_held_out_text_is_replayed_at_every_segment(registry: Registry) -> None:
     here = Community(registry, "ann", "bob", "cem", "dan")
     here.hand_in("ann")
-    here.report("bob", BAD)
-    here.report("cem", BAD)
+    for name in ("bob", "cem", "dan"):
+        here.report(name, BAD)
     lease = here.take("bob")
     here.save(lease, 50)
     with registry.store.reading() as tx:

@@ -11,7 +11,7 @@ from sqlalchemy import select
 from cbtm_common.errors import LeaseLost, PermissionDenied
 from cbtm_coordinator.lifecycle import LeaseState, RunState, TaskKind, TaskState
 from cbtm_coordinator.scheduler import Measured
-from cbtm_coordinator.store import events, leases, runs, tasks
+from cbtm_coordinator.store import events, identities, leases, runs, tasks
 from cbtm_coordinator.store.records import LeaseRecord, Progress
 from cbtm_coordinator.tables import leases as leases_table
 from tests.support.registry import RECIPE, Registry, all_at_once, renewal
@@ -262,6 +262,42 @@ def test_attempts_count_from_the_last_checkpoint(registry: Registry) -> None:
     lease = registry.lease()
     _, task = registry.save(lease, 10)
     assert task.attempts == 0
+
+
+def test_one_worker_does_not_use_up_a_task_s_attempts_while_others_are_there(registry: Registry) -> None:
+    registry.run(clusters=1)
+    hostile, other = registry.worker("hostile", account="mallory"), registry.worker("other", account="ann")
+
+    def present() -> None:
+        with registry.store.writing() as tx:
+            identities.seen(tx, registry.clock(), other)
+
+    for _ in range(2 * RECIPE.lease.max_attempts):
+        present()
+        _, task = registry.release(registry.lease(hostile), failed=True, detail="on purpose")
+        assert (task.state, task.attempts) == (TaskState.PENDING, 1)
+        registry.clock.advance(1800)
+        assert registry.acquire(hostile) is None
+        registry.clock.advance(1801)
+    # Another's failure is another attempt, and after a commit all count anew.
+    present()
+    lease = registry.lease(other)
+    assert registry.save(lease, 10)[1].attempts == 0
+    registry.release(lease)
+    assert registry.release(registry.lease(hostile), failed=True)[1].attempts == 1
+    registry.clock.advance(120)
+    assert registry.release(registry.lease(other), failed=True)[1].attempts == 2
+
+
+def test_a_worker_that_is_alone_uses_up_the_attempts_so_that_its_owner_hears_of_it(registry: Registry) -> None:
+    registry.run(clusters=1)
+    worker = registry.worker("alone", account="ann")
+    registry.worker("long gone", account="bob")
+    registry.clock.advance(7200)
+    for _ in range(RECIPE.lease.max_attempts):
+        _, task = registry.release(registry.lease(worker), failed=True)
+        registry.clock.advance(7200)
+    assert task.state is TaskState.FAILED
 
 
 def test_a_worker_that_fails_waits_and_one_that_is_unfit_is_not_offered_the_task_again(registry: Registry) -> None:

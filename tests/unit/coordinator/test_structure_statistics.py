@@ -10,15 +10,27 @@ import pytest
 from safetensors.numpy import save
 
 from cbtm_common.errors import IntegrityError
+from cbtm_common.places import places
 from cbtm_common.safetensors_header import SafetensorsHeader
 from cbtm_coordinator.structure.statistics import Statistics
 from cbtm_coordinator.structure.stream import SafetensorsStream
 
 
 def of(values: npt.NDArray[Any], dtype: str = "F32") -> Statistics:
-    statistics = Statistics(dtype)
+    statistics = Statistics(dtype, len(values))
     statistics.add(memoryview(values.tobytes()))
     return statistics
+
+
+@pytest.mark.parametrize("count", [1, 5, 16, 100, 200_001])
+def test_sixteen_values_are_kept_as_they_are_however_the_bytes_come(count: int) -> None:
+    values = np.arange(count, dtype=np.float32)
+    statistics = Statistics("F32", count)
+    for start in range(0, count, 70_000):
+        statistics.add(memoryview(values[start : start + 70_000].tobytes()))
+    assert statistics.sampled == [float(values[place]) for place in places(count)]
+    assert statistics.sampled[0] == 0
+    assert len(statistics.sampled) == min(count, 16)
 
 
 @pytest.mark.parametrize(("dtype", "kind"), [("F32", np.float32), ("F16", np.float16), ("F64", np.float64)])

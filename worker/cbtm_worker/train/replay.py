@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from cbtm_common.errors import IntegrityError
+from cbtm_common.places import places
 from cbtm_worker.train.checkpoint import write_checkpoint
 from cbtm_worker.train.computation import Computation
 from cbtm_worker.train.job import TrainJob
@@ -64,6 +65,17 @@ def deviation(ours: Path, theirs: Path, base: Path) -> float:
     except (OSError, SafetensorError) as error:
         raise IntegrityError(f"weights cannot be read: {error}") from error
     return math.sqrt(apart / moved) if moved > 0 else math.inf
+
+
+def sampled(directory: Path) -> dict[str, bytes]:
+    """Of each tensor of floats in a model directory, its values at `cbtm_common.places`: float32, little-endian."""
+    found = {}
+    for name, path in _places(directory).items():
+        with safe_open(path, framework="pt") as file:
+            values = file.get_tensor(name).flatten()
+        if values.is_floating_point():
+            found[name] = values[places(len(values))].float().numpy().astype("<f4").tobytes()
+    return found
 
 
 def _places(directory: Path) -> dict[str, Path]:
