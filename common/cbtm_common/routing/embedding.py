@@ -11,15 +11,20 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
 
+from cbtm_common.routing.counting import count_words
 from cbtm_common.routing.history import History
-from cbtm_common.routing.terms import term_of, word_counts, words
+from cbtm_common.routing.terms import term_of, words
 
 # Words whose row is remembered: frequent ones come early, and memory stays bounded.
 _REMEMBERED = 1 << 18
+# Texts whose words are counted together.
+_COUNTED_AT_ONCE = 256
 
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
@@ -34,6 +39,19 @@ class _Rows(dict[str, int]):
     def __missing__(self, word: str) -> int:
         term = term_of(word)
         row = -1 if term is None else self._row_of_term.get(term, -1)
+        if len(self) < _REMEMBERED:
+            self[word] = row
+        return row
+
+
+class _WrittenRows(dict[bytes, int]):
+    """The same for words in UTF-8, lower-cased."""
+
+    def __init__(self, rows: _Rows) -> None:
+        self._rows_of = rows
+
+    def __missing__(self, word: bytes) -> int:
+        row = self._rows_of[word.decode("utf-8", "surrogatepass")]
         if len(self) < _REMEMBERED:
             self[word] = row
         return row
@@ -66,22 +84,25 @@ class TermEmbedding:
         # Row by row, as it is looked up.
         self.projection = np.ascontiguousarray(projection)
         self._rows = _Rows({term: row for row, term in enumerate(terms)})
+        self._written_rows = _WrittenRows(self._rows)
 
     @property
     def dimensions(self) -> int:
         return int(self.projection.shape[1])
 
+    @cached_property
+    def _wide(self) -> Float64:
+        """`projection` as sums are taken; only whole texts, many of them, are worth the memory."""
+        return self.projection.astype(np.float64)
+
     def embed(self, texts: Sequence[str]) -> Float64:
         """[N, d], each row of length 1, or zero for a text without a known term."""
         sums = np.zeros((len(texts), self.dimensions))
-        for i, text in enumerate(texts):
-            # Words are counted before they are looked at: most of them are repeats.
-            counted = word_counts(text)
-            rows = np.fromiter(map(self._rows.__getitem__, counted), dtype=np.int64, count=len(counted))
-            times = np.fromiter(counted.values(), dtype=np.float64, count=len(counted))
-            known = rows >= 0
-            weights = 1 + np.log(times[known]) if self.sublinear else times[known]
-            sums[i] = weights @ self.projection.take(rows[known], axis=0)
+        for first in range(0, len(texts), _COUNTED_AT_ONCE):
+            counted = count_words(texts[first : first + _COUNTED_AT_ONCE], self._written_rows.__getitem__)
+            weights = 1 + np.log(counted.counts) if self.sublinear else counted.counts.astype(np.float64)
+            for i, (start, end) in enumerate(pairwise(counted.starts.tolist()), first):
+                sums[i] = weights[start:end] @ self._wide.take(counted.numbers[start:end], axis=0)
         return normalise(sums)
 
     def embed_prefixes(self, text: str, ends: Sequence[int]) -> Float64:

@@ -9,7 +9,6 @@ last, unfinished word can change.
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Iterator
 
 # A run of word characters is matched whole, so boundaries need not be asked for.
@@ -28,15 +27,17 @@ def terms(text: str) -> list[str]:
     return [term for term in found if term is not None]
 
 
-def word_counts(text: str) -> Counter[str]:
-    """How often each word occurs, lower-cased; words that are no terms are among them: ask `term_of`.
+def written_words(text: str) -> list[bytes]:
+    """Each word of `text`, lower-cased, in UTF-8, in order; words that are no terms are among them: ask `term_of`.
 
-    ASCII is split by translation, in a fifth of the time that matching takes.
+    Bytes are split by translation, in a fifth of the time that matching takes.
     """
-    if text.isascii():
-        return Counter(text.translate(_SPLIT).split())
-    # Word by word: how a letter is lower-cased may depend on its neighbours.
-    return Counter(map(str.lower, WORD.findall(text)))
+    if not text.isascii():
+        # These two are lower-cased by their neighbours, and to more than one letter.
+        if "\N{GREEK CAPITAL LETTER SIGMA}" in text or "\N{LATIN CAPITAL LETTER I WITH DOT ABOVE}" in text:
+            return [word.lower().encode("utf-8", "surrogatepass") for word in WORD.findall(text)]
+        text = _BEYOND_ASCII.sub(" ", text.lower())
+    return text.encode("utf-8", "surrogatepass").translate(_SPLIT).split()
 
 
 def words(text: str) -> Iterator[tuple[int, int]]:
@@ -46,5 +47,9 @@ def words(text: str) -> Iterator[tuple[int, int]]:
 
 
 _RUN = re.compile(r"\w+")
-# ASCII word characters to lower case, all others to a space.
-_SPLIT = {code: ord(chr(code).lower()) if _RUN.match(chr(code)) else ord(" ") for code in range(128)}
+# What is neither a word character nor ASCII.
+_BEYOND_ASCII = re.compile(r"[^\w\x00-\x7f]+")
+# ASCII word characters to lower case, all other ASCII to a space; the bytes of what is beyond stay.
+_SPLIT = bytes(
+    code if code >= 128 else ord(chr(code).lower()) if _RUN.match(chr(code)) else ord(" ") for code in range(256)
+)

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cbtm_common.routing.terms import term_of, word_counts
+from cbtm_common.routing.counting import count_words
+from cbtm_common.routing.terms import term_of
 from cbtm_coordinator.clustering.engine import ONE_PROCESS, Engine
 
 MAX_TERMS = 65_536
@@ -153,35 +154,22 @@ def _pieces(texts: Iterable[str]) -> Iterator[list[str]]:
         yield piece
 
 
-class _Numbers(dict[str, int]):
-    """From a word to the number of its term, -1 for none; a word is looked at when first met."""
+class _Numbers(dict[bytes, int]):
+    """From a word in UTF-8 to the number of its term, -1 for none; a word is looked at when first met."""
 
     def __init__(self) -> None:
         self.terms: dict[str, int] = {}
 
-    def __missing__(self, word: str) -> int:
-        term = term_of(word)
+    def __missing__(self, word: bytes) -> int:
+        term = term_of(word.decode("utf-8", "surrogatepass"))
         number = -1 if term is None else self.terms.setdefault(term, len(self.terms))
         self[word] = number
         return number
 
 
 def _count_piece(texts: Sequence[str]) -> tuple[list[str], _Piece]:
-    from scipy import sparse
-
     number_of = _Numbers()
-    numbers: list[int] = []
-    counts: list[int] = []
-    starts = [0]
-    for text in texts:
-        words = word_counts(text)
-        numbers += map(number_of.__getitem__, words)
-        counts += words.values()
-        starts.append(len(numbers))
-    found = np.array(numbers, dtype=np.int32)
-    kept = found >= 0
-    places = np.concatenate([[0], np.cumsum(kept)])[starts].astype(np.int32)
-    shape = (len(texts), len(number_of.terms))
-    rows = sparse.csr_matrix((np.array(counts, dtype=np.float32)[kept], found[kept], places), shape=shape)
-    rows.sort_indices()
-    return list(number_of.terms), _Piece(numbers=rows.indices, counts=rows.data, starts=rows.indptr.astype(np.int64))
+    counted = count_words(texts, number_of.__getitem__)
+    return list(number_of.terms), _Piece(
+        numbers=counted.numbers.astype(np.int32), counts=counted.counts.astype(np.float32), starts=counted.starts
+    )

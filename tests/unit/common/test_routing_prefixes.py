@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import sys
 from itertools import pairwise
 
 import numpy as np
@@ -11,7 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from cbtm_common.routing import CentroidRouter, Distance, TermEmbedding, terms
-from cbtm_common.routing.terms import term_of, word_counts
+from cbtm_common.routing.terms import term_of, written_words
 
 # Words that are terms, and forms of them: a prefix may cut one word into another that is known as well.
 _TERMS = ["ship", "ships", "shipwreck", "sea", "élan", "straße", "naïve", "x2", "日本語", "_name", "don", "fn"]
@@ -126,8 +126,20 @@ def test_a_term_that_is_repeated_weighs_one_and_the_logarithm_of_its_count() -> 
 
 @given(text=texts)
 @example(text="a_b A1 1a \x1c\x0bx yy\ttab")
-def test_words_are_counted_alike_whether_ascii_or_not(text: str) -> None:
-    kept = {word: count for word, count in word_counts(text).items() if term_of(word)}
-    assert kept == Counter(terms(text))
+@example(text="ΟΔΟΣ'Α ΣΑΣ İstanbul ǅ \ud800x")
+def test_words_are_read_alike_whether_ascii_or_not(text: str) -> None:
+    def read(text: str) -> list[str]:
+        found = (term_of(word.decode("utf-8", "surrogatepass")) for word in written_words(text))
+        return [term for term in found if term is not None]
+
+    assert read(text) == terms(text)
     # A sign that is no word, and no ASCII.
-    assert {word: count for word, count in word_counts(text + " ☃").items() if term_of(word)} == kept
+    assert read(text + " ☃") == terms(text)
+
+
+def test_whole_texts_and_words_are_lower_cased_alike() -> None:
+    # But for the two letters that are read word by word.
+    every = [chr(code) for code in range(sys.maxunicode + 1) if chr(code) not in "Σİ"]
+    words = [f"a{letter}b" for letter in every]
+    assert "".join(word.lower() for word in words) == "".join(words).lower()
+    assert [len(terms(word)) for word in words] == [len(terms(word.lower())) for word in words]
