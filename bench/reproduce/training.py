@@ -97,9 +97,11 @@ def train(
     site.wait([d.run for d in sweep])
     best = min(sweep, key=lambda d: validate(d.run, host))
     others = [] if plan.full else [dense(best.batch, rate) for rate in size.learning_rates[1:]]
-    if best.batch == min(size.dense_batches) > 1:
-        # The best at the edge of a sweep may not be the best there is.
+    # The best at the edge of a sweep may not be the best there is.
+    if best.batch == min(d.batch for d in sweep) > 1:
         others.append(dense(best.batch // 2, first_rate))
+    elif best.batch == max(d.batch for d in sweep):
+        others.append(dense(best.batch * 2, first_rate))
 
     site.wait([host])
     seed_dir, tokenizer = seed_of(host), tokenizer_of(host)
@@ -122,7 +124,7 @@ def train(
 
     def honest(clusters: int, fraction: float, base: Path) -> str:
         run = site.create(
-            name(f"B{round(100 * fraction)}-k{clusters}"),
+            name(f"B{round(100 * fraction)}-k{clusters}-b{best.batch}-lr{best.learning_rate:g}"),
             corpus,
             recipe(
                 size,
