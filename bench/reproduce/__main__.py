@@ -21,12 +21,12 @@ from rich.console import Console
 from bench.report import Report
 from bench.reproduce import show
 from bench.reproduce.corpus import cut
-from bench.reproduce.findings import Examiner, Findings
+from bench.reproduce.findings import Examiner, Findings, learned_top_1
 from bench.reproduce.grid import SIZES, Plan, Size
 from bench.reproduce.mixing import perplexity
 from bench.reproduce.scores import Documents, Reader, Scores
 from bench.reproduce.site import Site
-from bench.reproduce.training import train
+from bench.reproduce.training import Experts, train
 from cbtm_common.cli import human_seconds
 from cbtm_common.errors import CbtmError
 from examples.demo.processes import ProcessFailed
@@ -85,6 +85,7 @@ def study(plan: Plan, source: Path, out: Path, results: Path, console: Console) 
                 corpus,
                 seed=seed,
                 validate=held_out.validate,
+                validate_experts=held_out.validate_experts,
                 seed_of=reader.seed_dir,
                 tokenizer_of=reader.tokenizer_dir,
             )
@@ -145,6 +146,11 @@ class HeldOut:
         """Validation perplexity of a dense run."""
         documents, scores = self.of(host, run)
         return perplexity(self._reader.dense(run, scores), documents).validation
+
+    def validate_experts(self, experts: Experts, host: str) -> float:
+        """Validation perplexity of the one expert that the learned router takes at each token."""
+        documents, scores = self.of(host, host)
+        return learned_top_1(experts, self._reader, scores, documents).validation
 
 
 def _shown(arguments: Sequence[str]) -> list[str]:

@@ -11,9 +11,12 @@ from bench.reproduce.mixing import Float64, Perplexity
 from bench.reproduce.scores import Documents, Reader, Scores
 from bench.reproduce.training import Experts, Trained
 from cbtm._ensemble import Ensemble
+from cbtm._scored import log_mixtures
 from cbtm_common.routing import CentroidRouter, LearnedRouter, Router
 
 _KS = (1, 2, 4, 0)
+# A router: the learned one, and the seed in place of an expert that it is unsure of.
+WITH_SEED = "learned, seed for the unsure"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,12 +54,24 @@ class DenseRow:
     best: bool
 
 
+@dataclass(frozen=True, kw_only=True)
+class ExpertRateRow:
+    """Protocol B's experts at the greatest K and this rate: top-1 by the learned router, at its own temperature."""
+
+    seed: int
+    seed_fraction: float
+    learning_rate: float
+    validation: float
+    best: bool
+
+
 @dataclass(kw_only=True)
 class Findings:
     """Of all seeds."""
 
     rows: list[Row] = field(default_factory=list)
     dense: list[DenseRow] = field(default_factory=list)
+    expert_rates: list[ExpertRateRow] = field(default_factory=list)
     documents: int = 0
     validation_documents: int = 0
     test_tokens: int = 0
@@ -103,13 +118,32 @@ class Examiner:
                     best=dense.run == trained.best_dense,
                 )
             )
+        for tried in trained.tried:
+            found.expert_rates.append(
+                ExpertRateRow(
+                    seed=self._seed,
+                    seed_fraction=tried.fraction,
+                    learning_rate=tried.learning_rate,
+                    validation=learned_top_1(tried, self._reader, self._scores, documents).validation,
+                    best=tried in trained.experts,
+                )
+            )
         most = max(experts.clusters for experts in trained.experts)
         for experts in trained.experts:
             self._say(f"mixing {experts.run}")
             dense_run = trained.paper_dense if experts.protocol == "A" else trained.best_dense
             beside = self._reader.dense(dense_run, self._scores)
-            headline = experts.protocol == "B" and experts.clusters == most and experts.fraction == 0.75
+            headline = experts.protocol == "B" and experts.clusters == most
             _Contender(self, experts, beside, with_token_ids=headline).add()
+
+
+def learned_top_1(experts: Experts, reader: Reader, scores: Scores, documents: Documents) -> Perplexity:
+    """One expert at every token, as the run's learned router has it."""
+    said = reader.experts(experts.runs, scores)
+    with reader.open(experts.run) as model:
+        router = model.context_router
+        weights = mixing.each_token_weights(router, documents, router.router.temperature)
+    return mixing.perplexity(log_mixtures(weights, said.experts.T)[:, 0], documents)
 
 
 class _Contender:
@@ -164,7 +198,7 @@ class _Contender:
         if seed_too:
             for policy, (threshold, at) in mixing.with_seed(self._scores, weights[own], documents).items():
                 # What is noted as temperature here is the threshold.
-                self._row("learned, seed for the unsure", policy, 1, at, threshold)
+                self._row(WITH_SEED, policy, 1, at, threshold)
 
     def _row(
         self,

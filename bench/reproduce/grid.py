@@ -5,7 +5,7 @@ Every contender sees `Size.tokens` training tokens, the seed phase's included.
 - Protocol A is the paper's (arXiv 2303.14177): dense and seed at batch B, experts at batch B/K, so that all take equal
   steps; half of the tokens in the seed phase.
 - Protocol B is the honest one: the dense batch is swept, then its learning rate, and the best by validation counts; the
-  seed trains as that one does, and the experts go on with a small batch.
+  seed trains as that one does, and the experts go on with a small batch, at a rate chosen by validation.
 """
 
 from __future__ import annotations
@@ -14,7 +14,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from cbtm_common.recipe import LeaseRecipe, OptimizerRecipe, Precision, Recipe, RouterKind, RoutingRecipe, SeedRecipe
+from cbtm_common.recipe import (
+    LeaseRecipe,
+    OptimizerRecipe,
+    Precision,
+    Recipe,
+    RouterKind,
+    RoutingRecipe,
+    ScheduleRecipe,
+    SeedRecipe,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +43,11 @@ class Size:
     dense_batches: tuple[int, ...]
     paper_batch: int
     expert_batch: int
+    # Protocol B's experts are tried at these multiples of the seed's rate, scaled to their batch; the first at every K
+    # unless another is better at the greatest.
+    expert_rates: tuple[float, ...]
+    # Of protocol B's experts, whose optimizer begins without a memory.
+    expert_warmup_steps: int
     clusters: tuple[int, ...]
     random_clusters: int
     warmup_steps: int
@@ -72,6 +86,8 @@ SIZES = {
         dense_batches=(4, 8, 16),
         paper_batch=8,
         expert_batch=2,
+        expert_rates=(1.0, 2.0),
+        expert_warmup_steps=20,
         clusters=(2, 4),
         random_clusters=2,
         warmup_steps=5,
@@ -89,9 +105,11 @@ SIZES = {
         documents=(100, 250),
         document_tokens=384,
         learning_rates=(3e-3, 1.5e-3, 6e-3),
-        dense_batches=(4, 8, 16),
+        dense_batches=(8, 16, 32),
         paper_batch=32,
         expert_batch=4,
+        expert_rates=(1.0, 2.0),
+        expert_warmup_steps=20,
         clusters=(4, 8, 16),
         random_clusters=8,
         warmup_steps=50,
@@ -110,6 +128,8 @@ SIZES = {
         dense_batches=(32, 64, 128),
         paper_batch=256,
         expert_batch=16,
+        expert_rates=(1.0, 2.0),
+        expert_warmup_steps=20,
         clusters=(4, 8, 16),
         random_clusters=8,
         warmup_steps=200,
@@ -121,9 +141,13 @@ SIZES = {
 }
 
 
+# Shares of the tokens that protocol B's seeds take; at the first every K is trained, at the others the greatest.
+FRACTIONS = (0.75, 0.5)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """One cut of the grid. `full` sweeps every dense batch at every rate, and trains both seeds of protocol B."""
+    """One cut of the grid. `full` sweeps every dense batch at every rate, and trains every K after every seed."""
 
     size: Size
     seeds: tuple[int, ...]
@@ -134,18 +158,22 @@ class Plan:
         """Values of K; the greatest is last."""
         return (*self.size.clusters, 25) if self.full else self.size.clusters
 
-    @property
-    def fractions(self) -> tuple[float, ...]:
-        """Seed fractions of protocol B, the one that others are compared at first."""
-        return (0.75, 0.5) if self.full else (0.75,)
+    def honest_clusters(self, fraction: float) -> tuple[int, ...]:
+        """Values of K of protocol B at this seed fraction, the greatest first."""
+        most = self.clusters[-1]
+        others = self.clusters[:-1] if self.full or fraction == FRACTIONS[0] else ()
+        return (most, *others)
 
     def units(self) -> float:
-        """Training tokens of all of it, as multiples of `size.tokens`."""
+        """Training tokens of all of it, as multiples of `size.tokens`; what a sweep's edge may add is not in it."""
         size, first_rate_only = self.size, not self.full
         sweep = len({*size.dense_batches, size.paper_batch})
         dense = sweep + len(size.learning_rates) - 1 if first_rate_only else sweep * len(size.learning_rates)
         paper = 0.5 + 0.5 * len(self.clusters) + 0.5
-        honest = sum(fraction + (1 - fraction) * len(self.clusters) for fraction in self.fractions)
+        honest = 0.0
+        for fraction in FRACTIONS:
+            runs = len(self.honest_clusters(fraction)) + len(size.expert_rates) - 1
+            honest += fraction + (1 - fraction) * runs
         return len(self.seeds) * (dense + paper + honest)
 
 
@@ -155,6 +183,7 @@ class Phase:
 
     batch: int
     learning_rate: float
+    warmup_steps: int = 0
 
 
 def recipe(size: Size, *, seed: int, clusters: int, fraction: float, seed_phase: Phase, experts: Phase) -> Recipe:
@@ -168,11 +197,12 @@ def recipe(size: Size, *, seed: int, clusters: int, fraction: float, seed_phase:
         precision=size.precision,
         held_out_fraction=size.held_out_fraction,
         optimizer=OptimizerRecipe(learning_rate=experts.learning_rate),
+        schedule=ScheduleRecipe(warmup_steps=experts.warmup_steps),
         seed_phase=SeedRecipe(
             fraction=fraction,
             global_batch=seed_phase.batch,
             learning_rate=seed_phase.learning_rate,
-            warmup_steps=size.warmup_steps,
+            warmup_steps=seed_phase.warmup_steps,
         ),
         routing=RoutingRecipe(router=RouterKind.LEARNED),
         lease=LeaseRecipe(lease_seconds=60, renew_seconds=5, checkpoint_seconds=120),

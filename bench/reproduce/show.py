@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from bench.report import Report
-from bench.reproduce.findings import Findings, Row, one
+from bench.reproduce.findings import WITH_SEED, Findings, Row, one
+from bench.reproduce.grid import FRACTIONS
 from bench.reproduce.mixing import POLICIES
 
 # Okabe and Ito's colours.
@@ -21,18 +22,31 @@ POLICY = "each token"
 
 def figures(findings: Findings, report: Report) -> None:
     """The bars, on test, mean over seeds."""
-    most = max(row.clusters for row in findings.rows)
-    head = one(findings.rows, protocol="B", clusters=most, seed_fraction=0.75, router="learned", k=1)
+    head = one(headline(findings.rows), router="learned", k=1)
+    most = head[0].clusters
     report.add(f"protocol B, K = {most}, top-1 under the best dense", _gain(head, "each token"), "%", bar=8)
-    report.add("the same, routed once after 16 tokens", _gain(head, "once after 16"), "%", bar=5)
-    paper = one(findings.rows, protocol="A", clusters=most, router="centroid", policy=POLICY)
-    report.add("protocol A, centroid router: top-1 under dense", _gain(one(paper, k=1), POLICY), "%", bar=0)
-    two, top = (_mean(one(paper, k=k), "test") for k in (2, 1))
-    report.add("protocol A: top-2 under top-1", 100 * (1 - two / top), "%", bar=0)
+    for router, name in (("learned", ""), (WITH_SEED, ", the seed for the unsure")):
+        once = one(headline(findings.rows, router, "once after 16"), router=router, k=1)
+        report.add(f"the same{name}, routed once after 16 tokens", _gain(once, "once after 16"), "%", bar=5)
+    # The paper's order, at the K at which all of it was trained.
     random = one(findings.rows, protocol="A", router="random", k=1)
-    same = one(findings.rows, protocol="A", clusters=random[0].clusters, router="centroid", policy=POLICY, k=1)
-    share = 1 - _mean(same, "test") / _mean(random, "test")
-    report.add("protocol A: clustered under random, top-1", 100 * share, "%", bar=0)
+    clusters = random[0].clusters
+    paper = one(findings.rows, protocol="A", clusters=clusters, router="centroid", policy=POLICY)
+    top, two = (one(paper, k=k) for k in (1, 2))
+    name = f"protocol A, K = {clusters}, centroid router"
+    report.add(f"{name}: top-1 under dense", _gain(top, POLICY), "%", bar=0)
+    report.add(f"{name}: top-2 under top-1", 100 * (1 - _mean(two, "test") / _mean(top, "test")), "%", bar=0)
+    share = 1 - _mean(top, "test") / _mean(random, "test")
+    report.add(f"{name}: top-1 under random clusters", 100 * share, "%", bar=0)
+
+
+def headline(rows: Sequence[Row], router: str = "learned", policy: str = POLICY) -> list[Row]:
+    """Protocol B's of the greatest K, after the seed that is best on validation for this router's top-1."""
+    most = one(rows, protocol="B", clusters=max(row.clusters for row in rows))
+    chosen = one(most, router=router, policy=policy, k=1)
+    fractions = {row.seed_fraction for row in chosen}
+    best = min(fractions, key=lambda fraction: _mean(one(chosen, seed_fraction=fraction), "validation"))
+    return one(most, seed_fraction=best)
 
 
 def markdown(findings: Findings, about: dict[str, Any], commands: Sequence[str]) -> str:
@@ -45,7 +59,8 @@ def markdown(findings: Findings, about: dict[str, Any], commands: Sequence[str])
         f"every contender, its seed phase included, in sequences of {about['sequence_length']}; {len(about['seeds'])} "
         "seed(s) of randomness.",
         f"Of {findings.documents:,} held-out documents {findings.validation_documents:,} serve to choose by: the",
-        f"dense batch and rate, temperatures, thresholds. All below is of the others, {findings.test_tokens:,} tokens.",
+        "dense batch and rate, the experts' rate, temperatures, thresholds. All below is of the others, "
+        f"{findings.test_tokens:,} tokens.",
         f"Measured on {about['date']}; {about['machine']}; {about['duration']}.",
         "",
         "```",
@@ -67,15 +82,23 @@ def markdown(findings: Findings, about: dict[str, Any], commands: Sequence[str])
         validation, test = (np.mean([getattr(d, split) for d in same]) for split in ("validation", "test"))
         note = ", ".join(n for n in notes if n)
         lines.append(f"| {batch} | {rate:g} | {validation:.2f} | {test:.2f} | {note} |")
+    lines += ["", "## The experts' learning rate (protocol B, greatest K)", ""]
+    lines += ["| seed phase | learning rate | validation, top-1 | |", "| ---: | ---: | ---: | --- |"]
+    for fraction, rate in sorted({(e.seed_fraction, e.learning_rate) for e in findings.expert_rates}):
+        tried = [e for e in findings.expert_rates if (e.seed_fraction, e.learning_rate) == (fraction, rate)]
+        mean, best = np.mean([e.validation for e in tried]), any(e.best for e in tried)
+        lines.append(f"| {100 * fraction:.0f} % | {rate:.2g} | {mean:.2f} | {'best' if best else ''} |")
     for protocol, title in (
         ("B", "Protocol B: against the best dense model"),
         ("A", "Protocol A, the paper's: equal steps, experts at batch B/K, dense at batch B"),
     ):
         lines += ["", f"## {title}", ""]
         lines += _by_clusters([row for row in rows if row.protocol == protocol])
-    most = max(row.clusters for row in rows)
-    lines += ["", f"## Routers and how often they route (protocol B, K = {most}, 75 % seed, top-1)", ""]
-    lines += _by_router(one(rows, protocol="B", clusters=most, seed_fraction=0.75))
+    most = one(rows, protocol="B", clusters=max(row.clusters for row in rows))
+    for fraction in sorted({row.seed_fraction for row in most}, reverse=True):
+        setting = f"protocol B, K = {most[0].clusters}, {100 * fraction:.0f} % seed, top-1"
+        lines += ["", f"## Routers and how often they route ({setting})", ""]
+        lines += _by_router(one(most, seed_fraction=fraction))
     lines += ["", "![perplexity by K](reproduce-by-k.png)", "", "![by policy](reproduce-by-policy.png)", ""]
     return "\n".join(lines)
 
@@ -143,7 +166,7 @@ def plots(findings: Findings, folder: Path) -> None:
     rows = findings.rows
     figure = Figure(figsize=(10, 4), layout="constrained")
     for axes, protocol in zip(figure.subplots(1, 2), ("A", "B"), strict=True):
-        same = one(rows, protocol=protocol, seed_fraction={"A": 0.5, "B": 0.75}[protocol])
+        same = one(rows, protocol=protocol, seed_fraction={"A": 0.5, "B": FRACTIONS[0]}[protocol])
         clusters = sorted({row.clusters for row in same})
         lines = [
             ("learned", 1, "top-1"),
@@ -168,8 +191,7 @@ def plots(findings: Findings, folder: Path) -> None:
         axes.legend(frameon=False)
     figure.savefig(folder / "reproduce-by-k.png", dpi=120)
 
-    most = max(row.clusters for row in rows)
-    head = one(rows, protocol="B", clusters=most, seed_fraction=0.75, k=1)
+    head = one(headline(rows), k=1)
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     for router, colour in zip(("learned", "token ids", "centroid"), _COLOURS, strict=False):
@@ -177,7 +199,7 @@ def plots(findings: Findings, folder: Path) -> None:
         axes.plot(list(POLICIES), values, marker="o", color=colour, label=router)
     axes.axhline(_mean(head, "dense"), color=_DENSE, linestyle="--", label="best dense")
     axes.set_ylabel("test perplexity, top-1")
-    axes.set_title(f"protocol B, K = {most}: how often the context is routed", fontsize=10)
+    axes.set_title(f"protocol B, K = {head[0].clusters}: how often the context is routed", fontsize=10)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     figure.savefig(folder / "reproduce-by-policy.png", dpi=120)

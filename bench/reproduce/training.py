@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from bench.reproduce.corpus import parts
-from bench.reproduce.grid import Phase, Plan, recipe
+from bench.reproduce.grid import FRACTIONS, Phase, Plan, recipe
 from bench.reproduce.site import Site
 from cbtm_common.recipe import Recipe
 
@@ -33,6 +33,7 @@ class Experts:
     clusters: int
     fraction: float
     random: bool = False
+    learning_rate: float = 0.0
 
     @property
     def run(self) -> str:
@@ -46,6 +47,8 @@ class Trained:
     host: str
     dense: list[Dense] = field(default_factory=list)
     experts: list[Experts] = field(default_factory=list)
+    # Protocol B's at the greatest K, by the rate of their experts; the best of each fraction is among `experts` too.
+    tried: list[Experts] = field(default_factory=list)
     paper_dense: str = ""
     best_dense: str = ""
 
@@ -57,10 +60,15 @@ def train(
     *,
     seed: int,
     validate: Validate,
+    validate_experts: Callable[[Experts, str], float],
     seed_of: Callable[[str], Path],
     tokenizer_of: Callable[[str], Path],
 ) -> Trained:
-    """All of one seed. `validate` scores a complete dense run; `seed_of` and `tokenizer_of` give a run's folders."""
+    """All of one seed.
+
+    `validate` scores a complete dense run, `validate_experts` a run's top-1; `seed_of` and `tokenizer_of` give a run's
+    folders.
+    """
     size = plan.size
     config = site.cache.parent / "model.json"
     config.write_text(json.dumps(dict(size.model), indent=1) + "\n", "utf-8")
@@ -75,7 +83,7 @@ def train(
             seed=seed,
             clusters=clusters,
             fraction=0.5,
-            seed_phase=Phase(batch=size.paper_batch, learning_rate=first_rate),
+            seed_phase=Phase(batch=size.paper_batch, learning_rate=first_rate, warmup_steps=size.warmup_steps),
             experts=Phase(batch=max(1, size.paper_batch // clusters), learning_rate=first_rate),
         )
 
@@ -120,36 +128,43 @@ def train(
     site.wait([d.run for d in others])
     best = min([best, *others], key=lambda d: validate(d.run, host))
     trained.best_dense = best.run
-    most = max(plan.clusters)
+    most = plan.clusters[-1]
 
-    def honest(clusters: int, fraction: float, base: Path) -> str:
+    # A smaller batch, noisier steps: the rate goes with the square root.
+    scaled = best.learning_rate * math.sqrt(size.expert_batch / best.batch)
+
+    def honest(clusters: int, fraction: float, base: Path, multiple: float) -> Experts:
+        rate = multiple * scaled
+        kind = f"B{round(100 * fraction)}-k{clusters}-b{best.batch}-lr{best.learning_rate:g}-x{multiple:g}"
         run = site.create(
-            name(f"B{round(100 * fraction)}-k{clusters}-b{best.batch}-lr{best.learning_rate:g}"),
+            name(kind),
             corpus,
             recipe(
                 size,
                 seed=seed,
                 clusters=clusters,
                 fraction=fraction,
-                seed_phase=Phase(batch=best.batch, learning_rate=best.learning_rate),
-                experts=Phase(
-                    batch=size.expert_batch,
-                    # A smaller batch, noisier steps: the rate goes with the square root.
-                    learning_rate=best.learning_rate * math.sqrt(size.expert_batch / best.batch),
-                ),
+                seed_phase=Phase(batch=best.batch, learning_rate=best.learning_rate, warmup_steps=size.warmup_steps),
+                experts=Phase(batch=size.expert_batch, learning_rate=rate, warmup_steps=size.expert_warmup_steps),
             ),
             clusters=clusters,
             base=base,
             tokenizer=tokenizer,
         )
-        trained.experts.append(Experts(runs=(run,), protocol="B", clusters=clusters, fraction=fraction))
-        return run
+        return Experts(runs=(run,), protocol="B", clusters=clusters, fraction=fraction, learning_rate=rate)
 
-    firsts = {fraction: honest(most, fraction, config) for fraction in plan.fractions}
+    # All seeds first: each is one task, and workers are several.
+    first_rate, *other_rates = size.expert_rates
+    firsts = {fraction: honest(most, fraction, config, first_rate) for fraction in FRACTIONS}
     for fraction, first in firsts.items():
-        site.wait([first])
-        for clusters in plan.clusters:
-            if clusters != most:
-                honest(clusters, fraction, seed_of(first))
+        site.wait([first.run])
+        base = seed_of(first.run)
+        by_rate = {first_rate: first} | {rate: honest(most, fraction, base, rate) for rate in other_rates}
+        site.wait([experts.run for experts in by_rate.values()])
+        trained.tried += by_rate.values()
+        multiple, chosen = min(by_rate.items(), key=lambda item: validate_experts(item[1], host))
+        trained.experts.append(chosen)
+        _, *lesser = plan.honest_clusters(fraction)
+        trained.experts += [honest(clusters, fraction, base, multiple) for clusters in lesser]
     site.wait([run for experts in trained.experts for run in experts.runs])
     return trained

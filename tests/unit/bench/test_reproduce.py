@@ -112,9 +112,10 @@ def test_a_recipe_is_written_as_it_is_read(tmp_path: Path) -> None:
 
 
 def test_the_default_cut_says_what_it_will_train() -> None:
-    # Five dense runs, protocol A's seed, K = 4, 8, 16 and random, protocol B's seed and experts. A sweep with its best
-    # at the edge adds one more.
-    assert Plan(size=SIZES["small"], seeds=(0,), full=False).units() == 5 + 0.5 + 3 * 0.5 + 0.5 + 0.75 + 3 * 0.25
+    # Three dense batches and two rates more, protocol A's seed, K = 4, 8, 16 and random; protocol B's seed of 75 %,
+    # K = 16 at two rates, K = 4 and 8; its seed of 50 %, K = 16 at two rates. A best at the sweep's edge adds one more.
+    honest = 0.75 + 4 * 0.25 + 0.5 + 2 * 0.5
+    assert Plan(size=SIZES["small"], seeds=(0,), full=False).units() == 5 + 0.5 + 3 * 0.5 + 0.5 + honest
 
 
 def test_a_corpus_is_cut_alike_in_every_domain_and_parted_at_random(tmp_path: Path) -> None:
