@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 
 from cbtm_api.v1 import catalog_service_pb2 as cs
+from cbtm_common.errors import Unavailable
+from cbtm_coordinator.clustering.ray_engine import open_ray
 from tests.support.run_fixture import MODEL, RECIPE, Site, template, write_corpus
 
 pytest.importorskip("ray")
@@ -58,6 +60,38 @@ def test_a_run_made_on_ray_is_the_same_bytes_as_one_made_here(here: Site) -> Non
     local, ray = made(here, "local", "local"), made(here, "ray", "ray")
     assert len(local) >= 7, "shards of two clusters and splits, the routing model, the report"
     assert ray == local
+
+
+def test_a_start_that_takes_too_long_is_tried_once_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    left = [Exception("The current node timed out during startup.")] * 3
+
+    def start(**_: object) -> None:
+        if left:
+            raise left.pop()
+
+    monkeypatch.setattr(ray, "init", start)
+    with pytest.raises(Unavailable, match="no Ray cluster can be used: The current node timed out"), open_ray():
+        pass
+    assert len(left) == 1
+    with open_ray():
+        assert not left
+
+
+def test_a_cluster_that_is_not_there_is_asked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    asked = []
+
+    def start(**_: object) -> None:
+        asked.append(1)
+        raise ConnectionError("Could not find any running Ray instance")
+
+    monkeypatch.setattr(ray, "init", start)
+    with pytest.raises(Unavailable, match="no Ray cluster can be used: Could not find"), open_ray():
+        pass
+    assert asked == [1]
 
 
 PROGRAM = """

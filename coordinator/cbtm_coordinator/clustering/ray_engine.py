@@ -41,16 +41,26 @@ def open_ray() -> Iterator[RayEngine]:
         ) from error
     ours = not ray.is_initialized()
     if ours:
-        try:
-            ray.init(log_to_driver=False, logging_level=logging.ERROR)
-        except (ray.exceptions.RayError, OSError, RuntimeError, ValueError) as error:
-            raise Unavailable(f"engine: no Ray cluster can be used: {error}") from error
+        _start(ray)
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     try:
         yield RayEngine()
     finally:
         if ours:
             ray.shutdown()
+
+
+def _start(ray: Any) -> None:
+    """Joins a cluster, or starts one. Ray gives its own processes 30 s, which a busy machine's first start can exceed;
+    the next finds their files in memory."""
+    for last in (False, True):
+        try:
+            ray.init(log_to_driver=False, logging_level=logging.ERROR)
+            return
+        except Exception as error:
+            ray.shutdown()
+            if last or type(error) is not Exception:
+                raise Unavailable(f"engine: no Ray cluster can be used: {error}") from error
 
 
 class RayEngine:
