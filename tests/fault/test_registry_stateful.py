@@ -175,11 +175,11 @@ class Machine(RuleBasedStateMachine):
     @rule(pair=begun)
     def commit_and_crash(self, pair: tuple[LeaseRecord, CheckpointRecord]) -> None:
         lease, checkpoint = pair
-        from cbtm_coordinator.store import checkpoints
+        from cbtm_coordinator.store import commits
 
         try:
             with self.registry.store.writing() as tx:
-                checkpoints.commit(
+                commits.commit(
                     tx,
                     self.registry.clock(),
                     checkpoint=checkpoint,

@@ -16,7 +16,7 @@ from sqlalchemy import select, text
 from cbtm_common.errors import CbtmError, LeaseLost, Unavailable
 from cbtm_coordinator import migrations
 from cbtm_coordinator.lifecycle import RunState, TaskState
-from cbtm_coordinator.store import Store, checkpoints, leases, requeue, runs, tasks
+from cbtm_coordinator.store import Store, commits, leases, requeue, runs, tasks
 from cbtm_coordinator.store.database import IDLE_SECONDS, open_engine, writing
 from cbtm_coordinator.store.records import LeaseRecord
 from cbtm_coordinator.tables import leases as leases_table
@@ -133,7 +133,7 @@ def test_the_two_last_experts_accepted_in_overlapping_transactions_complete_the_
     last = [registry.begin(lease, RECIPE.steps) for lease in held]
     with ThreadPoolExecutor(1) as pool:
         with registry.store.writing() as tx:
-            checkpoints.commit(
+            commits.commit(
                 tx,
                 registry.clock(),
                 checkpoint=last[0],

@@ -12,7 +12,18 @@ from typing import TypeVar
 from cbtm_common.files import FileSpec
 from cbtm_common.ids import new_id
 from cbtm_common.recipe import LeaseRecipe, Recipe
-from cbtm_coordinator.store import Renewal, Store, accounts, checkpoints, experts, identities, leases, runs, tasks
+from cbtm_coordinator.store import (
+    Renewal,
+    Store,
+    accounts,
+    checkpoints,
+    commits,
+    experts,
+    identities,
+    leases,
+    runs,
+    tasks,
+)
 from cbtm_coordinator.store.records import (
     CheckpointRecord,
     LeaseRecord,
@@ -120,7 +131,7 @@ class Registry:
         self, lease: LeaseRecord, checkpoint: CheckpointRecord, *, epoch: int | None = None
     ) -> tuple[CheckpointRecord, TaskRecord]:
         with self.store.writing() as tx:
-            return checkpoints.commit(
+            return commits.commit(
                 tx,
                 self.clock(),
                 checkpoint=checkpoint,

@@ -15,7 +15,7 @@ from cbtm_coordinator.lifecycle import TaskKind
 from cbtm_coordinator.services import convert
 from cbtm_coordinator.services.structure import sizes_at
 from cbtm_coordinator.store import Connection, acceptance, checkpoints, checks, eligibility, runs, tasks
-from cbtm_coordinator.store.checkpoints import MODEL_PREFIX
+from cbtm_coordinator.store.completion import MODEL_PREFIX
 from cbtm_coordinator.store.records import (
     CheckpointRecord,
     CheckRecord,

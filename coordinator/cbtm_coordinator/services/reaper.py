@@ -15,7 +15,7 @@ from cbtm_common.errors import CbtmError, NotFound
 from cbtm_common.faults import point
 from cbtm_coordinator.lifecycle import RunState
 from cbtm_coordinator.storage import ObjectStore
-from cbtm_coordinator.store import Store, acceptance, checkpoints, checks, events, leases, runs
+from cbtm_coordinator.store import Store, acceptance, checkpoints, checks, events, leases, pruning, runs
 
 _log = logging.getLogger(__name__)
 _RUN_KEY = re.compile(r"runs/(run_[0-9a-z]+)/")
@@ -99,20 +99,20 @@ class Reaper:
     def delete_pruned(self) -> int:
         """Deletes the objects of superseded and rejected checkpoints."""
         with self._store.reading() as tx:
-            stale = checkpoints.needs_pruning(tx, self._store.now() - self._orphan_grace)
-            found = [] if stale else checkpoints.deletable(tx)
+            stale = pruning.needs_pruning(tx, self._store.now() - self._orphan_grace)
+            found = [] if stale else pruning.deletable(tx)
         if stale:
             with self._store.writing() as tx:
-                checkpoints.prune_finished(tx)
-                checkpoints.prune_abandoned(tx, self._store.now() - self._orphan_grace)
-                found = checkpoints.deletable(tx)
+                pruning.prune_finished(tx)
+                pruning.prune_abandoned(tx, self._store.now() - self._orphan_grace)
+                found = pruning.deletable(tx)
         for checkpoint in found:
             point("coordinator.prune.before_delete")
             for file in checkpoint.files:
                 self._objects.delete(file.key)
                 point("coordinator.prune.after_delete")
             with self._store.writing() as tx:
-                checkpoints.mark_deleted(tx, checkpoint.id)
+                pruning.mark_deleted(tx, checkpoint.id)
             point("coordinator.prune.after_mark")
         return len(found)
 

@@ -42,6 +42,7 @@ from cbtm_coordinator.store import (
     acceptance,
     checkpoints,
     checks,
+    commits,
     events,
     experts,
     identities,
@@ -333,7 +334,7 @@ class WorkerServicer(WorkerServiceServicer):
         worker_id = caller.get().id
         try:
             with self._store.reading() as tx:
-                checkpoint, task = checkpoints.committable(
+                checkpoint, task = commits.committable(
                     tx,
                     checkpoint_id=request.checkpoint_id,
                     lease_id=request.lease_id,
@@ -370,7 +371,7 @@ class WorkerServicer(WorkerServiceServicer):
         point("coordinator.commit.after_verify")
 
         def answer(tx: Connection) -> ws.CommitCheckpointResponse:
-            done, after = checkpoints.commit(
+            done, after = commits.commit(
                 tx,
                 self._store.now(),
                 checkpoint=checkpoint,

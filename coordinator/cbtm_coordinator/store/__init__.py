@@ -10,8 +10,10 @@
     tasks        create_tasks, get_task, task_of, list_tasks, count_open, reopen
     leases       acquire, require, release, due_leases, expire, revoke_leases, live_leases
     renewals     renew
-    checkpoints  begin, committable, commit, latest_good, newest_committed; pruning: drop, prune_finished,
-                 prune_abandoned, deletable, mark_deleted
+    checkpoints  begin, get, submitted, latest_good, newest_committed
+    commits      committable, commit
+    completion   accept
+    pruning      drop, prune_superseded, prune_finished, prune_abandoned, deletable, mark_deleted
     experts      add, seed, current, versions, quarantine
     refusals     refuse, count_failure, forget_failures
     checks       open_evaluation, open_audit, get, of_subject, report, settle
@@ -45,12 +47,15 @@ from cbtm_coordinator.store import (
     accounts,
     checkpoints,
     checks,
+    commits,
+    completion,
     credits,
     eligibility,
     events,
     experts,
     identities,
     leases,
+    pruning,
     refusals,
     rejections,
     requests,
@@ -73,12 +78,15 @@ __all__ = [
     "accounts",
     "checkpoints",
     "checks",
+    "commits",
+    "completion",
     "credits",
     "eligibility",
     "events",
     "experts",
     "identities",
     "leases",
+    "pruning",
     "refusals",
     "rejections",
     "requests",

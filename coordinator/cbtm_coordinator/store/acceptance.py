@@ -17,7 +17,17 @@ from sqlalchemy import Connection, select, update
 
 from cbtm_common.recipe import Recipe
 from cbtm_coordinator.lifecycle import TaskKind, TaskState, Verification
-from cbtm_coordinator.store import checkpoints, checks, eligibility, events, experts, identities, rollback, runs
+from cbtm_coordinator.store import (
+    checkpoints,
+    checks,
+    completion,
+    eligibility,
+    events,
+    experts,
+    identities,
+    rollback,
+    runs,
+)
 from cbtm_coordinator.store.records import CheckpointRecord, CheckRecord, RunRecord, TaskRecord, WorkerRecord
 from cbtm_coordinator.store.tasks import get_task
 from cbtm_coordinator.structure.movement import moved_from_json
@@ -88,7 +98,7 @@ def set_verification(tx: Connection, now: datetime, run: RunRecord, verification
     for task_id in tx.execute(query).scalars().all():
         task = get_task(tx, task_id, lock=True)
         checks.settle(tx, now, checks.of_subject(tx, task.id), "its owner turned verification off")
-        checkpoints.accept(tx, now, checkpoints.submitted(tx, task))
+        completion.accept(tx, now, checkpoints.submitted(tx, task))
     return runs.get(tx, run.id)
 
 
@@ -202,7 +212,7 @@ def _decide_submitted(tx: Connection, now: datetime, run: RunRecord, task: TaskR
     metrics = json.loads(checkpoint.metrics_json or "{}") | {_GAIN: evaluation.own.gain}
     if evaluation.canary is not None:
         metrics[_CANARY_RISE] = -evaluation.canary.gain
-    checkpoints.accept(tx, now, replace(checkpoint, metrics_json=json.dumps(metrics)))
+    completion.accept(tx, now, replace(checkpoint, metrics_json=json.dumps(metrics)))
 
 
 def _is_replayed(

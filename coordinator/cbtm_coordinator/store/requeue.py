@@ -8,7 +8,7 @@ from sqlalchemy import Connection, delete, update
 
 from cbtm_common.errors import InvalidState
 from cbtm_coordinator.lifecycle import RunState, TaskKind, TaskState, sources, transition
-from cbtm_coordinator.store import checkpoints, checks, events, runs
+from cbtm_coordinator.store import checks, events, pruning, runs
 from cbtm_coordinator.store.leases import revoke_leases
 from cbtm_coordinator.store.records import RunRecord, TaskRecord
 from cbtm_coordinator.store.tasks import get_task, list_tasks
@@ -49,7 +49,7 @@ def requeue_task(tx: Connection, now: datetime, run: RunRecord, task: TaskRecord
     if from_start:
         open_checks = [check for check in checks.of_subject(tx, task.id) if not check.settled]
         checks.settle(tx, now, open_checks, "its owner started the task anew")
-        checkpoints.drop(tx, task.id)
+        pruning.drop(tx, task.id)
     events.append(tx, now, "task.requeued", run_id=run.id, task_id=task.id, detail={"from_start": from_start})
     run = runs.get(tx, run.id, lock=True)
     if run.state in (RunState.FAILED, RunState.COMPLETE):

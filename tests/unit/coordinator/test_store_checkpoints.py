@@ -7,7 +7,7 @@ from sqlalchemy import update
 
 from cbtm_common.errors import InvalidArgument, InvalidState, LeaseLost, PermissionDenied
 from cbtm_coordinator.lifecycle import CheckpointState, LeaseState, RunState, TaskState
-from cbtm_coordinator.store import checkpoints, experts, identities, leases, requeue
+from cbtm_coordinator.store import checkpoints, experts, identities, leases, pruning, requeue
 from cbtm_coordinator.store.records import CheckpointRecord, ExpertRecord, RunRecord, TaskRecord
 from cbtm_coordinator.tables import checkpoints as checkpoints_table
 from tests.support.registry import RECIPE, Registry, all_at_once, file
@@ -15,7 +15,7 @@ from tests.support.registry import RECIPE, Registry, all_at_once, file
 
 def _deletable(registry: Registry) -> list[str]:
     with registry.store.reading() as tx:
-        return [c.id for c in checkpoints.deletable(tx)]
+        return [c.id for c in pruning.deletable(tx)]
 
 
 def _experts(registry: Registry, run: RunRecord) -> list[ExpertRecord]:
@@ -185,7 +185,7 @@ def test_all_but_the_two_newest_checkpoints_may_be_deleted(registry: Registry) -
     saved = [registry.save(lease, step)[0] for step in (10, 20, 30, 40)]
     assert sorted(_deletable(registry)) == sorted([overtaken.id, saved[0].id, saved[1].id])
     with registry.store.writing() as tx:
-        checkpoints.mark_deleted(tx, saved[0].id)
+        pruning.mark_deleted(tx, saved[0].id)
     assert saved[0].id not in _deletable(registry)
     resume = registry.resume_from(lease.task_id)
     assert resume is not None
@@ -198,9 +198,9 @@ def test_when_a_task_is_done_only_its_final_checkpoint_is_kept(registry: Registr
     saved = [registry.save(lease, step)[0] for step in (10, 20)]
     registry.finish(lease)
     with registry.store.writing() as tx:
-        assert checkpoints.needs_pruning(tx, registry.clock())
-        checkpoints.prune_finished(tx)
-        assert not checkpoints.needs_pruning(tx, registry.clock())
+        assert pruning.needs_pruning(tx, registry.clock())
+        pruning.prune_finished(tx)
+        assert not pruning.needs_pruning(tx, registry.clock())
     assert sorted(_deletable(registry)) == sorted(c.id for c in saved)
 
 
@@ -212,8 +212,8 @@ def test_an_upload_is_given_up_only_when_its_lease_is_over_and_it_is_old(registr
     def prune() -> CheckpointState:
         before = registry.clock()
         with registry.store.writing() as tx:
-            needed = checkpoints.needs_pruning(tx, before)
-            checkpoints.prune_abandoned(tx, before)
+            needed = pruning.needs_pruning(tx, before)
+            pruning.prune_abandoned(tx, before)
         state = registry.get_checkpoint(begun).state
         assert needed == (state is CheckpointState.PRUNED)
         return state

@@ -20,8 +20,8 @@ from cbtm_coordinator.lifecycle import (
 )
 from cbtm_coordinator.store import (
     acceptance,
-    checkpoints,
     checks,
+    commits,
     events,
     experts,
     identities,
@@ -86,7 +86,7 @@ class Community:
         """Committed, with an audit of the segment or without."""
         checkpoint = self.registry.begin(lease, step)
         with self.registry.store.writing() as tx:
-            done, task = checkpoints.commit(
+            done, task = commits.commit(
                 tx,
                 self.registry.clock(),
                 checkpoint=checkpoint,

@@ -6,7 +6,7 @@ import pytest
 
 from cbtm_common.errors import CheckpointRejected, InvalidState, LeaseLost
 from cbtm_coordinator.lifecycle import CheckpointState, LeaseState, RunState, TaskState
-from cbtm_coordinator.store import checkpoints, events, identities, rejections
+from cbtm_coordinator.store import events, identities, pruning, rejections
 from cbtm_coordinator.store.records import CheckpointRecord, TaskRecord
 from tests.support.registry import Registry, file
 
@@ -32,7 +32,7 @@ def test_the_task_goes_on_from_its_last_good_checkpoint_with_an_attempt_counted(
     assert (found.state, found.reason) == (CheckpointState.REJECTED, "NaN")
     with registry.store.reading() as tx:
         assert identities.get_worker(tx, worker).failures == 1
-        assert bad.id in [checkpoint.id for checkpoint in checkpoints.deletable(tx)]
+        assert bad.id in [checkpoint.id for checkpoint in pruning.deletable(tx)]
         told = next(e for e in events.list_events(tx, task_id=task.id) if e.kind == "checkpoint.rejected")
     assert '"check": "finite"' in told.detail_json
     assert told.worker_id == worker
