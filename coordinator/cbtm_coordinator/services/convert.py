@@ -1,4 +1,4 @@
-"""Records of the registry as protos."""
+"""Records of the registry as protos, and what protos say in the registry's terms."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 from cbtm_api.v1 import resources_pb2 as pb
 from cbtm_common.files import FileSpec
 from cbtm_common.protos import struct, timestamp
+from cbtm_coordinator.lifecycle import Verification
 from cbtm_coordinator.store.records import (
     CheckpointRecord,
     ClusterRecord,
@@ -195,3 +196,10 @@ def event(record: EventRecord) -> pb.Event:
         reason=record.reason,
         detail=struct(json.loads(record.detail_json or "{}")),
     )
+
+
+def verification_of(value: pb.Verification.ValueType) -> Verification | None:
+    """None when it is not set."""
+    if value == pb.VERIFICATION_UNSPECIFIED:
+        return None
+    return Verification(pb.Verification.Name(value).removeprefix("VERIFICATION_"))
