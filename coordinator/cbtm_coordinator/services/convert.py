@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 
+from google.protobuf.json_format import MessageToDict
+
 from cbtm_api.v1 import resources_pb2 as pb
 from cbtm_common.files import FileSpec
 from cbtm_common.protos import struct, timestamp
@@ -203,3 +205,18 @@ def verification_of(value: pb.Verification.ValueType) -> Verification | None:
     if value == pb.VERIFICATION_UNSPECIFIED:
         return None
     return Verification(pb.Verification.Name(value).removeprefix("VERIFICATION_"))
+
+
+def printable(text: str, length: int) -> str:
+    """The first of `text` on one line; a database takes no NUL, and a terminal should obey no worker."""
+    return "".join(c if c.isprintable() else " " for c in text[:length])
+
+
+def hardware_json(hardware: pb.Hardware) -> str:
+    return json.dumps(MessageToDict(hardware, preserving_proto_field_name=True) | _integers(hardware))
+
+
+def _integers(hardware: pb.Hardware) -> dict[str, int]:
+    """JSON has no 64-bit integers, so protobuf writes them as strings; we read them back ourselves."""
+    names = ("device_memory_bytes", "memory_bytes", "free_disk_bytes")
+    return {name: int(getattr(hardware, name)) for name in names}
