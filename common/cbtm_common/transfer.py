@@ -11,7 +11,6 @@ Not here: what to transfer, and new URLs for expired ones (`UrlExpired` says whe
 
 from __future__ import annotations
 
-import hashlib
 import os
 import random
 import ssl
@@ -38,6 +37,7 @@ from cbtm_common.errors import (
 )
 from cbtm_common.faults import point
 from cbtm_common.files import is_disk_full
+from cbtm_common.partial_file import PartialFile
 from cbtm_common.rpc import Connection, RetryPolicy
 
 _CHUNK = 1 << 18
@@ -121,7 +121,7 @@ class Transfer:
         Cancelled, or Unavailable when attempts brought nothing.
         """
         destination.parent.mkdir(parents=True, exist_ok=True)
-        partial = _Partial(destination.with_name(destination.name + ".part"), download.file)
+        partial = PartialFile(destination.with_name(destination.name + ".part"), download.file)
         stop = _Stop(cancelled)
         report = on_bytes or _ignore
         while True:
@@ -190,7 +190,7 @@ class Transfer:
         self._retry(attempt, stop)
         point("transfer.upload.after_put")
 
-    def _fetch(self, download: pb.Download, partial: _Partial, on_bytes: OnBytes, stop: _Stop) -> None:
+    def _fetch(self, download: pb.Download, partial: PartialFile, on_bytes: OnBytes, stop: _Stop) -> None:
         """One attempt at what is missing."""
         file, request = download.file, download.request
         start = partial.size
@@ -280,56 +280,6 @@ class _Stop:
         if self._cancelled.wait(seconds):
             self.check()
         self.check()
-
-
-class _Partial:
-    """The `.part` file of one download: appended to, and hashed as it grows."""
-
-    def __init__(self, path: Path, file: pb.FileSpec) -> None:
-        self.path = path
-        self._expected = file
-        self.size = 0
-
-    def open(self) -> bool:
-        """Opens it for appending; whether it holds bytes of an earlier attempt."""
-        self._file = self.path.open("a+b")
-        self._digest = hashlib.sha256()
-        self.size = 0
-        self._file.seek(0)
-        while chunk := self._file.read(_CHUNK):
-            self._digest.update(chunk)
-            self.size += len(chunk)
-        if self.size > self._expected.size:
-            self.truncate()
-        return self.size > 0
-
-    def truncate(self) -> None:
-        self._file.truncate(0)
-        self._digest = hashlib.sha256()
-        self.size = 0
-
-    def write(self, chunk: bytes) -> None:
-        if self.size + len(chunk) > self._expected.size:
-            self.truncate()
-            raise IntegrityError(f"{self._expected.path}: the store sends more than {self._expected.size} bytes")
-        self._file.write(chunk)
-        self._digest.update(chunk)
-        self.size += len(chunk)
-
-    def wrong(self) -> str:
-        """Flushes to disk; what is wrong with the whole, or nothing."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        found = self._digest.hexdigest()
-        if (self.size, found) == (self._expected.size, self._expected.sha256):
-            return ""
-        return (
-            f"received {self.size} bytes with SHA-256 {found}, "
-            f"expected {self._expected.size} with {self._expected.sha256}"
-        )
-
-    def close(self) -> None:
-        self._file.close()
 
 
 def _slice(source: Path, start: int, size: int, on_bytes: OnBytes, stop: _Stop) -> Iterator[bytes]:
