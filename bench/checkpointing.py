@@ -23,10 +23,10 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import torch
 
-from bench.coordinator import fill, make_workers
 from bench.processes import RunningCoordinator, running_coordinator
 from bench.real_run import make_shard
 from bench.report import Report
+from bench.simulated_workers import fill, make_workers
 from cbtm_api.v1 import resources_pb2 as pb
 from cbtm_common.ids import cluster_id
 from cbtm_common.recipe import Recipe

@@ -13,295 +13,24 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import hashlib
-import json
-import secrets
-import time
-from collections.abc import Awaitable, Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
-from datetime import timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
-import grpc
 import numpy as np
 import psutil
 
-from bench.processes import RunningCoordinator, running_coordinator
+from bench.pacing import p99, paced, saturate, timed
+from bench.processes import running_coordinator
+from bench.puts import Puts, Send, placing
 from bench.report import Report
-from cbtm_api.v1 import resources_pb2 as pb
-from cbtm_api.v1 import worker_service_pb2 as ws
-from cbtm_api.v1.worker_service_pb2_grpc import WorkerServiceStub
-from cbtm_common.files import FileSpec
-from cbtm_common.ids import new_id, new_request_id
-from cbtm_common.keys import key_id
-from cbtm_common.recipe import Recipe
-from cbtm_common.rpc import CHANNEL_OPTIONS, host_and_port
-from cbtm_common.security import Trust
-from cbtm_coordinator.config import SIGNING_KEY_NAME
-from cbtm_coordinator.services.credentials import Credentials
-from cbtm_coordinator.storage import LocalStore, UrlSigner, load_or_create_key
-from cbtm_coordinator.store import Store, accounts, experts, identities, runs, structure, tasks
-from cbtm_coordinator.store.records import NewCluster
-from cbtm_coordinator.structure.architecture import Architecture
-from cbtm_coordinator.structure.manifest import STATE_FORMAT
+from bench.simulated_workers import RENEW_SECONDS, Load, Simulated, Target, cycle, fill, make_workers, target_of
+from cbtm_coordinator.store import Store
 from tests.support.postgres import running_postgres
 
-HARDWARE = pb.Hardware(device_type="cpu", device_name="simulated", cpu_count=1)
-RENEW_SECONDS = 30.0
-RECIPE = Recipe.model_validate({"steps": 1_000_000, "lease": {"lease_seconds": 3600, "renew_seconds": RENEW_SECONDS}})
 # Calls in flight while as many as possible are made.
 SATURATION = 64
 CYCLES_IN_FLIGHT = 32
-
-
-@dataclass(frozen=True, kw_only=True)
-class Simulated:
-    """A registered worker, and the lease that it holds."""
-
-    secret: str
-    lease_id: str = ""
-    epoch: int = 0
-    committed_step: int = 0
-    # Fields of state.json that the coordinator checks, but for the step.
-    state: Mapping[str, object] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Target:
-    """Where the coordinator listens."""
-
-    grpc: str
-    http: str
-    trust: Trust
-    data_dir: Path
-
-
-def target_of(coordinator: RunningCoordinator) -> Target:
-    host, port = host_and_port(coordinator.address)
-    return Target(
-        grpc=coordinator.address,
-        http=coordinator.http_url,
-        trust=coordinator.security.trust(host, port, ""),
-        data_dir=coordinator.data_dir,
-    )
-
-
-def fill(store: Store, *, open_tasks: int, name: str) -> str:
-    """A run with `open_tasks` PENDING tasks, whose models have no tensors, so that a checkpoint is one small file."""
-    with store.writing() as tx:
-        now = store.now()
-        run = runs.create(tx, now, name=name, cluster_count=open_tasks, recipe=RECIPE, from_scratch=False)
-        new = [
-            NewCluster(cluster_index=i, documents=1, top_terms=[], examples=[], shards=[]) for i in range(open_tasks)
-        ]
-        runs.register_clusters(tx, run, new)
-        runs.change_state(tx, now, runs.get(tx, run.id), "register", "")
-        run = runs.get(tx, run.id)
-        tasks.create_tasks(tx, now, run, seed_steps=0, expert_steps=RECIPE.steps)
-        seed = [FileSpec(path="config.json", key=f"runs/{run.id}/base/config.json", size=1, sha256="0" * 64)]
-        experts.add(tx, now, run_id=run.id, cluster_id=None, cluster_index=-1, files=seed)
-        structure.add_architecture(tx, run.id, Architecture(tensors={}, trained={}).to_json())
-        runs.change_state(tx, now, run, "start_training", "")
-    return run.id
-
-
-def make_workers(store: Store, count: int, data_dir: Path) -> list[Simulated]:
-    """Registered, with a credential for a day."""
-    credentials = Credentials(load_or_create_key(data_dir / SIGNING_KEY_NAME), clock=store.now, life=timedelta(days=1))
-    made = []
-    with store.writing() as tx:
-        account_id = accounts.named(tx, store.now(), "simulated")
-        for number in range(count):
-            worker_id, public_key = new_id("worker"), secrets.token_bytes(32)
-            identities.create_worker(
-                tx,
-                store.now(),
-                worker_id=worker_id,
-                account_id=account_id,
-                name=f"simulated-{number}",
-                public_key=public_key.hex(),
-                token_id=None,
-                hardware_json="{}",
-                version="0.1.0",
-            )
-            made.append(Simulated(secret=credentials.issue(worker_id, key_id(public_key))))
-    return made
-
-
-def open_channel(target: Target, options: list[tuple[str, int]]) -> grpc.aio.Channel:
-    if target.trust.plain:
-        return grpc.aio.insecure_channel(target.grpc, options=options)
-    credentials = grpc.ssl_channel_credentials(target.trust.roots)
-    return grpc.aio.secure_channel(target.grpc, credentials, options=options)
-
-
-class Load:
-    """Calls as many workers, over a few shared connections."""
-
-    def __init__(self, target: Target, connections: int = 4) -> None:
-        self._channels = [
-            open_channel(target, [*CHANNEL_OPTIONS, ("grpc.use_local_subchannel_pool", 1)]) for _ in range(connections)
-        ]
-        self._stubs = [WorkerServiceStub(channel) for channel in self._channels]
-        self._next = 0
-
-    async def close(self) -> None:
-        for channel in self._channels:
-            await channel.close()
-
-    async def call(self, method: str, worker: Simulated, request: Any) -> Any:
-        self._next += 1
-        stub = self._stubs[self._next % len(self._stubs)]
-        return await getattr(stub, method)(
-            request, metadata=(("authorization", f"Bearer {worker.secret}"),), timeout=30
-        )
-
-    async def acquire(self, worker: Simulated) -> Simulated:
-        request = ws.AcquireLeaseRequest(request_id=new_request_id(), hardware=HARDWARE)
-        answer = await self.call("AcquireLease", worker, request)
-        if not answer.HasField("lease"):
-            raise RuntimeError(f"no task was left: {answer.reason}")
-        return Simulated(
-            secret=worker.secret,
-            lease_id=answer.lease.id,
-            epoch=answer.lease.epoch,
-            committed_step=answer.spec.task.committed_step,
-            state={
-                "format": STATE_FORMAT,
-                "task_id": answer.spec.task.id,
-                "kind": "expert",
-                "total_steps": answer.spec.task.total_steps,
-                "recipe_sha256": RECIPE.training_sha256(),
-                "data_key": answer.spec.task.cluster_id,
-            },
-        )
-
-    async def renew(self, worker: Simulated, step: int) -> None:
-        progress = pb.Progress(step=step, loss=2.0, tokens_per_second=1e4, phase="train")
-        request = ws.RenewLeaseRequest(
-            request_id=new_request_id(), lease_id=worker.lease_id, epoch=worker.epoch, progress=progress
-        )
-        await self.call("RenewLease", worker, request)
-
-
-async def timed(action: Awaitable[Any], into: list[float]) -> Any:
-    started = time.perf_counter()
-    result = await action
-    into.append(time.perf_counter() - started)
-    return result
-
-
-async def saturate(
-    make: Callable[[int], Awaitable[Any]], *, seconds: float, in_flight: int
-) -> tuple[float, list[float]]:
-    """As many calls as go, `in_flight` at a time: (calls a second, latencies)."""
-    latencies: list[float] = []
-    end = time.perf_counter() + seconds
-    count = iter(range(1 << 60))
-
-    async def one() -> None:
-        while time.perf_counter() < end:
-            await timed(make(next(count)), latencies)
-
-    started = time.perf_counter()
-    await asyncio.gather(*(one() for _ in range(in_flight)))
-    return len(latencies) / (time.perf_counter() - started), latencies
-
-
-async def paced(make: Callable[[int], Awaitable[Any]], *, rate: float, seconds: float) -> list[float]:
-    """Calls at a fixed rate, whatever their latency; latencies count from when a call was due."""
-    latencies: list[float] = []
-    started = time.perf_counter()
-    pending = set()
-
-    async def one(number: int, due: float) -> None:
-        await make(number)
-        latencies.append(time.perf_counter() - due)
-
-    for number in range(int(rate * seconds)):
-        due = started + number / rate
-        delay = due - time.perf_counter()
-        if delay > 0:
-            await asyncio.sleep(delay)
-        task = asyncio.create_task(one(number, due))
-        pending.add(task)
-        task.add_done_callback(pending.discard)
-    await asyncio.gather(*pending)
-    return latencies
-
-
-class Puts:
-    """PUTs over kept connections, by hand: an HTTP library would cost more than the server that is measured."""
-
-    def __init__(self, target: Target) -> None:
-        self._host, _, self._port = target.http.partition("://")[2].partition(":")
-        self._tls = None if target.trust.plain else target.trust.http_context()
-        self._idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
-
-    async def __call__(self, upload: pb.Upload, data: bytes) -> None:
-        path, headers = upload.request.url, upload.request.headers
-        if self._idle:
-            reader, writer = self._idle.pop()
-        else:
-            reader, writer = await asyncio.open_connection(self._host, int(self._port), ssl=self._tls)
-        lines = [f"PUT {path} HTTP/1.1", f"host: {self._host}", f"content-length: {len(data)}"]
-        lines += [f"{name}: {value}" for name, value in headers.items() if name.lower() != "content-length"]
-        writer.write("\r\n".join([*lines, "", ""]).encode() + data)
-        head = await reader.readuntil(b"\r\n\r\n")
-        if not head.startswith(b"HTTP/1.1 200"):
-            raise RuntimeError(f"PUT {path}: {head.decode()}")
-        await reader.readexactly(int(head.lower().partition(b"content-length:")[2].partition(b"\r")[0]))
-        self._idle.append((reader, writer))
-
-    def close(self) -> None:
-        for _, writer in self._idle:
-            writer.close()
-
-
-# Brings the bytes of a signed upload to the store.
-Send = Callable[[pb.Upload, bytes], Awaitable[None]]
-
-
-def placing(folder: Path) -> Send:
-    """Straight into the embedded store's folder."""
-    store = LocalStore(folder, UrlSigner(secrets.token_bytes(32)))
-
-    async def place(upload: pb.Upload, data: bytes) -> None:
-        store.put_bytes(upload.file.key, data)
-
-    return place
-
-
-async def cycle(load: Load, send: Send, worker: Simulated) -> None:
-    """One task from claim to release, with a checkpoint of one small file that is really there and verified."""
-    held = await load.acquire(worker)
-    step = held.committed_step + 1
-    data = json.dumps({**held.state, "step": step, "lease": held.lease_id}).encode()
-    file = pb.FileSpec(path="state.json", size=len(data), sha256=hashlib.sha256(data).hexdigest())
-    lease = {"lease_id": held.lease_id, "epoch": held.epoch}
-    prepared = await load.call(
-        "PrepareUpload", held, ws.PrepareUploadRequest(request_id=new_request_id(), step=step, files=[file], **lease)
-    )
-    await send(prepared.uploads[0], data)
-    await load.call(
-        "CommitCheckpoint",
-        held,
-        ws.CommitCheckpointRequest(request_id=new_request_id(), checkpoint_id=prepared.checkpoint.id, **lease),
-    )
-    await load.call(
-        "ReleaseLease",
-        held,
-        ws.ReleaseLeaseRequest(
-            request_id=new_request_id(), release_reason=ws.RELEASE_REASON_PREEMPTED, detail="cycle", **lease
-        ),
-    )
-
-
-def p99(latencies: list[float]) -> float:
-    return 1000 * float(np.percentile(latencies, 99))
 
 
 async def measure(report: Report, store: Store, target: Target, pid: int, *, workers: int, seconds: float) -> None:
@@ -326,7 +55,7 @@ async def measure(report: Report, store: Store, target: Target, pid: int, *, wor
     free = asyncio.Queue[Simulated]()
     for worker in cyclers:
         free.put_nowait(worker)
-    puts = Puts(target)
+    puts = Puts(target.http, target.trust)
     for how, send in (
         ("", placing(target.data_dir / "objects")),
         (", with the upload through its HTTP endpoint", puts),
@@ -338,8 +67,8 @@ async def measure(report: Report, store: Store, target: Target, pid: int, *, wor
             free.put_nowait(worker)
 
         speed, _ = await saturate(one, seconds=seconds, in_flight=CYCLES_IN_FLIGHT)
-        bar = None if small or how else 150
-        report.add(f"full cycles (acquire, prepare, commit, release){how}", speed, "/s", bar=bar)
+        least = None if small or how else 150
+        report.add(f"full cycles (acquire, prepare, commit, release){how}", speed, "/s", bar=least)
         report.add(f"the same against BOINC's published 102/s{how}", speed / 102, "x")
     puts.close()
     memory = psutil.Process(pid).memory_info().rss / 2**20

@@ -21,9 +21,10 @@ from tempfile import TemporaryDirectory
 import grpc
 import numpy as np
 
-from bench.coordinator import Load, Simulated, Target, fill, make_workers, open_channel, paced, target_of
+from bench.pacing import p99, paced
 from bench.processes import running_coordinator
 from bench.report import Report
+from bench.simulated_workers import Load, Simulated, Target, fill, make_workers, open_channel, target_of
 from cbtm_api.v1 import worker_service_pb2 as ws
 from cbtm_common.rpc import CHANNEL_OPTIONS
 from cbtm_coordinator.store import Store
@@ -47,7 +48,7 @@ OFF = {
 def flood(target: Target, worker: Simulated, sent: multiprocessing.sharedctypes.Synchronized[int]) -> None:
     """In a process of its own, until it is ended."""
 
-    async def one(renew: grpc.aio.UnaryUnaryMultiCallable, request: bytes) -> None:
+    async def one(renew: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes], request: bytes) -> None:
         while True:
             with contextlib.suppress(grpc.aio.AioRpcError):
                 await renew(request, metadata=(("authorization", f"Bearer {worker.secret}"),), timeout=30)
@@ -58,7 +59,9 @@ def flood(target: Target, worker: Simulated, sent: multiprocessing.sharedctypes.
         calls = []
         for _ in range(CONNECTIONS):
             channel = open_channel(target, [*CHANNEL_OPTIONS, ("grpc.use_local_subchannel_pool", 1)])
-            renew = channel.unary_unary("/cbtm_api.v1.WorkerService/RenewLease")
+            renew = channel.unary_unary(
+                "/cbtm_api.v1.WorkerService/RenewLease", request_serializer=None, response_deserializer=None
+            )
             calls += [one(renew, request) for _ in range(IN_FLIGHT)]
         await asyncio.gather(*calls)
 
@@ -100,9 +103,8 @@ async def measure(
     finally:
         process.kill()
         process.join()
-    report.add(f"{name}: p99 of the others' renewals in quiet", 1000 * float(np.percentile(quiet, 99)), "ms")
-    p99 = 1000 * float(np.percentile(flooded, 99))
-    report.add(f"{name}: p99 of the others' renewals under the flood", p99, "ms", bar=bar, sense="at most")
+    report.add(f"{name}: p99 of the others' renewals in quiet", p99(quiet), "ms")
+    report.add(f"{name}: p99 of the others' renewals under the flood", p99(flooded), "ms", bar=bar, sense="at most")
     report.add(f"{name}: p50 of the others' renewals under the flood", 1000 * float(np.median(flooded)), "ms")
     report.add(f"{name}: of the others' renewals not answered in 30 s", late, "")
     report.add(f"{name}: calls that the flood had answered", speed, "/s")
