@@ -48,6 +48,7 @@ check: setup
 	lint-imports
 	buf lint
 	$(PY) scripts/generate_protos.py --check
+	$(PY) scripts/generate_measurements.py --check
 	$(PY) -m cbtm_coordinator.migrations check
 
 format: setup

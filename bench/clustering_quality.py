@@ -232,7 +232,7 @@ def measure(name: str, texts: Texts, counts: Counts, seeds: int) -> dict[int, tu
             labelled = by_way(WAYS[name], counts, sample, seed)
         for clusters, labels in labelled:
             found[clusters].append(labels)
-    result = {}
+    result: dict[int, tuple[float, ...]] = {}
     for clusters, runs in found.items():
         scores = [nmi(texts.domains, labels) for labels in runs]
         sizes = [np.bincount(labels, minlength=clusters) for labels in runs]

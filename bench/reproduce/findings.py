@@ -7,11 +7,11 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from bench.reproduce import mixing, token_terms
-from bench.reproduce.mixing import Float64, Perplexity
+from bench.reproduce.mixing import Perplexity
 from bench.reproduce.scores import Documents, Reader, Scores
 from bench.reproduce.training import Experts, Trained
 from cbtm._ensemble import Ensemble
-from cbtm._scored import log_mixtures
+from cbtm._scored import Float64, log_mixtures
 from cbtm_common.routing import CentroidRouter, LearnedRouter, Router
 
 _KS = (1, 2, 4, 0)

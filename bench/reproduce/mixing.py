@@ -15,15 +15,11 @@ import numpy.typing as npt
 from bench.reproduce.scores import Documents, RunScores
 from cbtm import _routing_grid
 from cbtm._routing import ContextRouter, RoutingOptions
-from cbtm._scored import log_mixtures
-
-Float64 = npt.NDArray[np.float64]
+from cbtm._routing_grid import RoutingPolicy, routed_rows
+from cbtm._scored import Float64, log_mixtures
 
 # The most expensive first.
-POLICIES: Mapping[str, RoutingOptions] = {
-    policy.name: RoutingOptions(interval=policy.interval, settle_after=policy.settle_after)
-    for policy in reversed(_routing_grid.POLICIES)
-}
+POLICIES: Mapping[str, RoutingPolicy] = {policy.name: policy for policy in reversed(_routing_grid.POLICIES)}
 # Multiples of the router's own temperature.
 TEMPERATURES = (0.25, 0.5, 1.0, 2.0, 4.0)
 _THRESHOLDS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -71,13 +67,14 @@ def each_token_weights(router: ContextRouter, documents: Documents, temperature:
     return np.concatenate([at.positions(sequence.ids, sequence.first) for sequence in documents.sequences])
 
 
-def followed(weights: Float64, documents: Documents, options: RoutingOptions) -> Float64:
+def followed(weights: Float64, documents: Documents, policy: RoutingPolicy) -> Float64:
     """The same under a policy: each row is that of the context which the policy weighs there."""
-    rows = []
-    for sequence, start in zip(documents.sequences, documents.bounds[:-1], strict=True):
-        lengths = range(sequence.first, len(sequence.ids))
-        rows.append(np.array([start + options.routed(n) - sequence.first for n in lengths], dtype=np.int64))
-    return weights[np.concatenate(rows)]
+    rows = [
+        start + routed_rows(policy, sequence.first, len(sequence.ids))
+        for sequence, start in zip(documents.sequences, documents.bounds[:-1], strict=True)
+    ]
+    found: Float64 = weights[np.concatenate(rows)]
+    return found
 
 
 def mixtures(
@@ -86,8 +83,8 @@ def mixtures(
     """Of every policy and k the one temperature with the best perplexity on validation. `weights`: by temperature."""
     found: dict[tuple[str, int], Mixture] = {}
     for temperature, each in weights.items():
-        for name, options in POLICIES.items():
-            at = followed(each, documents, options)
+        for name, policy in POLICIES.items():
+            at = followed(each, documents, policy)
             of_every_k = log_mixtures(at, scores.experts.T)
             for k in ks:
                 mixed = of_every_k[:, k - 1]
@@ -107,8 +104,8 @@ def mixtures(
 def with_seed(scores: RunScores, weights: Float64, documents: Documents) -> dict[str, tuple[float, Perplexity]]:
     """Top-1, the seed in place of an expert with a weight under a threshold: (threshold, perplexity) by policy."""
     found = {}
-    for name, options in POLICIES.items():
-        at = followed(weights, documents, options)
+    for name, policy in POLICIES.items():
+        at = followed(weights, documents, policy)
         top = log_mixtures(at, scores.experts.T)[:, 0]
         tried = [
             (threshold, perplexity(np.where(at.max(axis=1) < threshold, scores.seed, top), documents))

@@ -47,14 +47,12 @@ class Documents:
         `beside` is a complete run with the same tokenizer.
         """
         with Catalog(target, run=run, token=token, cache_dir=cache) as catalog:
-            found = [
-                _evenly(catalog.held_out(split=split), limit)
-                for split, limit in zip(("validation", "test"), limits, strict=True)
-            ]
+            validation = _evenly(catalog.held_out(split="validation"), limits[0])
+            test = _evenly(catalog.held_out(split="test"), limits[1])
         with Ensemble.from_coordinator(target, run=beside, token=token, cache_dir=cache) as model:
-            sequences = [model.sequence_of(d.token_ids[:tokens]) for part in found for d in part]
+            sequences = [model.sequence_of(d.token_ids[:tokens]) for d in (*validation, *test)]
         bounds = np.cumsum([0, *(sequence.scored for sequence in sequences)])
-        return cls(sequences=tuple(sequences), bounds=bounds, validation=len(found[0]))
+        return cls(sequences=tuple(sequences), bounds=bounds, validation=len(validation))
 
     @property
     def split(self) -> int:

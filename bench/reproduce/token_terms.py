@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from bench.reproduce.mixing import Float64
 from bench.reproduce.scores import Documents
+from cbtm._scored import Float64
 from cbtm_common.routing import CentroidRouter, LearnedRouter
 from cbtm_coordinator.clustering.learn import learn_router
 

@@ -77,7 +77,9 @@ def routing_grid(
     seed = scored.others.get("seed")
     if seed_below and seed is None:
         raise InvalidArgument("seed_below: this ensemble has no seed model", field="seed_below")
-    rows = [[_rows(policy, sequence.first, len(sequence.ids)) for sequence in scored.sequences] for policy in policies]
+    rows = [
+        [routed_rows(policy, sequence.first, len(sequence.ids)) for sequence in scored.sequences] for policy in policies
+    ]
     points = []
     for number, temperature in enumerate(temperatures):
         view = router.with_options(
@@ -101,7 +103,7 @@ def routing_grid(
     return tuple(points)
 
 
-def _rows(policy: RoutingPolicy, first: int, length: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+def routed_rows(policy: RoutingPolicy, first: int, length: int) -> np.ndarray[Any, np.dtype[np.int64]]:
     """For each scored token, whose weights it has of those routed at every token."""
     options = RoutingOptions(interval=policy.interval, settle_after=policy.settle_after)
     return np.array([options.routed(n) - first for n in range(first, length)], dtype=np.int64)

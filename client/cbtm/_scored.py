@@ -83,7 +83,7 @@ def score_documents(
     )
 
 
-def log_mixtures(weights_TK: Float64, log_probs_TK: Float64) -> Float64:
+def log_mixtures(weights_TK: Float64, log_probs_TK: npt.NDArray[np.floating]) -> Float64:
     """log Σ w · p of the k heaviest, renormalised, for every k at once: [T, K], column k - 1 for the top k.
 
     Of equal weights the lower index is heavier, as in `keep_top`.
