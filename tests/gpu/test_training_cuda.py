@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import multiprocessing
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from cbtm_common.recipe import Precision
-from cbtm_worker.train import Snapshot, Trainer, TrainJob, together, write_checkpoint
+from cbtm_worker.train import Shard, Snapshot, StartAgain, Trainer, TrainJob, together, write_checkpoint
 from tests.support.models import Architecture, make_tiny_model
 from tests.support.training import VOCABULARY, make_job, make_recipe
 
@@ -130,3 +131,44 @@ def test_two_cards_make_the_steps_of_one(tmp_path: Path) -> None:
     with together(job, ["cuda:1"]) as group, Trainer(job, group=group) as trainer:
         both = [trainer.train_step().loss for _ in range(job.total_steps)]
     assert both == pytest.approx(alone, abs=1e-3)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are fewer than two CUDA devices")
+@pytest.mark.parametrize("precision", list(Precision))
+def test_two_cards_that_share_a_model_make_the_steps_of_one_and_leave_its_checkpoint(
+    tmp_path: Path, precision: Precision
+) -> None:
+    recipe = make_recipe(global_batch=8, dropout=0.1, precision=precision)
+    job = make_job(tmp_path, architecture="llama", recipe=recipe, micro_batch=2, device="cuda:0", compile=False)
+    with Trainer(job) as trainer:
+        alone = [trainer.train_step().loss for _ in range(job.total_steps)]
+    tolerance = 1e-3 if precision is Precision.FP32 else 2e-2
+    both = dataclasses.replace(job, shard=Shard.ALWAYS)
+    with together(both, ["cuda:1"]) as group, Trainer(both, group=group) as trainer:
+        curve = [trainer.train_step().loss for _ in range(4)]
+        write_checkpoint(trainer.snapshot(), tmp_path / "c", final=False)
+    with Trainer(dataclasses.replace(job, resume_dir=tmp_path / "c")) as trainer:
+        curve += [trainer.train_step().loss for _ in range(4, job.total_steps)]
+    assert curve == pytest.approx(alone, abs=tolerance)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are fewer than two CUDA devices")
+def test_a_card_that_runs_out_of_memory_within_a_shared_step_ends_the_group_at_once(tmp_path: Path) -> None:
+    def out_of_memory(step: int, index: int, micro_batch: int) -> None:
+        if (step, index) == (1, 1):
+            raise torch.OutOfMemoryError("injected")
+
+    job = make_job(tmp_path, recipe=make_recipe(global_batch=8), micro_batch=2, device="cuda:0", shard=Shard.ALWAYS)
+
+    def train_until_it_fails() -> None:
+        with (
+            together(job, ["cuda:1"]) as group,
+            Trainer(job, group=group, before_micro_step=out_of_memory) as trainer,
+        ):
+            while True:
+                trainer.train_step()
+
+    with pytest.raises(StartAgain) as caught:
+        train_until_it_fails()
+    assert caught.value.changes == {"micro_batch": 1, "gradient_checkpointing": False}
+    assert multiprocessing.active_children() == []

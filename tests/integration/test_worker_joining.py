@@ -111,8 +111,9 @@ def test_only_a_run_that_was_named_is_worked_on(here: Site) -> None:
     assert named.wait() == 0, named.output
 
 
-def test_two_devices_train_a_task_together_and_one_goes_on_when_they_leave(here: Site) -> None:
-    both = here.start_worker("both", "--device", "cpu,cpu", "--threads", "2", until_idle=False)
+@pytest.mark.parametrize("shard", ["never", "always"])
+def test_two_devices_train_a_task_together_and_one_goes_on_when_they_leave(here: Site, shard: str) -> None:
+    both = here.start_worker("both", "--device", "cpu,cpu", "--threads", "2", "--shard", shard, until_idle=False)
     here.until(lambda: here.leased_at_step(5), "step 5 on two devices", 90)
     both.send(signal.SIGINT)
     assert both.wait() == 0, both.output

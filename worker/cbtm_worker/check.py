@@ -126,10 +126,11 @@ def _coordinator(probe: ws.ProbeResponse, found: Callable[..., None]) -> None:
 
 def _machine(config: WorkerConfig, probe: ws.ProbeResponse, found: Callable[..., None]) -> None:
     try:
-        device = choose_devices(config.device)[0]
+        devices = choose_devices(config.device)
     except CbtmError as error:
         found("device", False, error.message, "pass another --device")
         return
+    device = devices[0]
     hardware = describe(device, config.cache_dir)
     found("device", True, f"{device} ({hardware.device_name}), torch {hardware.torch_version}")
     if not probe.run_name:
@@ -137,11 +138,13 @@ def _machine(config: WorkerConfig, probe: ws.ProbeResponse, found: Callable[...,
         return
     need = probe.model_parameters * _BYTES_PER_PARAMETER
     # Logits of one sequence dominate the activations of a small model.
-    have = hardware.device_memory_bytes
+    have, where = hardware.device_memory_bytes, f"on {device}"
+    if have <= 1.2 * need and hardware.device_type == "cuda" and len(devices) > 1:
+        have, where = len(devices) * have, f"on {len(devices)} devices, which would share the model"
     found(
         "memory",
         have > 1.2 * need,
-        f"{human_bytes(have)} on {device}; {probe.run_name} needs {human_bytes(need)} and activations "
+        f"{human_bytes(have)} {where}; {probe.run_name} needs {human_bytes(need)} and activations "
         f"({probe.model_parameters:,} parameters, {probe.sequence_length} tokens)",
         "use a device with more memory, or join another run with --run",
     )

@@ -10,6 +10,7 @@ import typer
 
 from cbtm_common.cli import run_app
 from cbtm_common.cli_connection import add_connection_options
+from cbtm_worker.train.job import Shard
 
 if TYPE_CHECKING:
     from cbtm_worker.config import WorkerConfig
@@ -65,6 +66,9 @@ def join(
     compile_model: Annotated[
         bool | None, typer.Option("--compile/--no-compile", help="torch.compile the model.", show_default="on CUDA")
     ] = None,
+    shard: Annotated[
+        Shard, typer.Option(help="Whether GPUs share a model: auto, where one does not hold it; always; never.")
+    ] = Shard.AUTO,
     max_cache_gib: Annotated[
         float | None,
         typer.Option("--max-cache-gib", help="Room for downloaded files.", min=0, show_default="the disk's"),
@@ -92,6 +96,7 @@ def join(
         micro_batch=micro_batch,
         threads=threads,
         compile=compile_model,
+        shard=shard,
         max_cache_bytes=None if max_cache_gib is None else int(max_cache_gib * 2**30),
     )
     if per_gpu:

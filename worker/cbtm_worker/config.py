@@ -7,6 +7,8 @@ from pathlib import Path
 
 from platformdirs import user_cache_path
 
+from cbtm_worker.train.job import Shard
+
 
 def default_cache_dir() -> Path:
     """The user's cache folder for cbtm."""
@@ -37,6 +39,8 @@ class WorkerConfig:
     micro_batch: int | None = None
     # torch.compile the model; None: on CUDA.
     compile: bool | None = None
+    # Whether devices that train a task together share the model.
+    shard: Shard = Shard.AUTO
     # Threads of torch on the CPU; torch's default when None.
     threads: int | None = None
     # Files kept in the cache, in bytes; None: without limit.

@@ -17,6 +17,7 @@ from cbtm_common.errors import (
     CbtmError,
     CheckpointRejected,
     InternalError,
+    InvalidArgument,
     LeaseLost,
     NotFound,
     PermissionDenied,
@@ -39,6 +40,7 @@ from cbtm_worker.inputs import Unfit
 from cbtm_worker.local import LocalCheckpoints
 from cbtm_worker.session import Held, Session
 from cbtm_worker.task import Outcome, TaskContext, TaskRunner, describe_error, describe_task
+from cbtm_worker.train.job import Shard
 
 _log = logging.getLogger(__name__)
 _TRAINS = (pb.TASK_KIND_SEED, pb.TASK_KIND_EXPERT)
@@ -52,6 +54,12 @@ _PASSING: tuple[type[CbtmError], ...] = (*RETRYABLE, InternalError, ResourceExha
 def join(config: WorkerConfig, stop: threading.Event, display: Display) -> int:
     """Works until told to stop, idle (with `until_idle`) or done (`max_tasks`); the number of finished tasks."""
     devices = choose_devices(config.device)
+    if config.shard is Shard.ALWAYS and len(devices) == 1:
+        raise InvalidArgument(
+            f"shard: there is one device to train on, {devices[0]}; name several with --device, without --per-gpu, or"
+            " leave --shard out",
+            field="shard",
+        )
     if config.threads is not None:
         import torch
 

@@ -6,10 +6,10 @@ import contextlib
 import logging
 import threading
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cbtm_api.v1 import resources_pb2 as pb
 from cbtm_api.v1 import worker_service_pb2 as ws
@@ -30,7 +30,7 @@ from cbtm_worker.uploader import Uploader
 from cbtm_worker.waiting import AnyOf
 
 if TYPE_CHECKING:
-    from cbtm_worker.train import StepResult, Trainer, TrainJob
+    from cbtm_worker.train import StartAgain, StepResult, Trainer, TrainJob
 
 _log = logging.getLogger(__name__)
 # A loss is read from the device, and told, so often.
@@ -144,14 +144,40 @@ class TaskRunner:
             self._heartbeat.check()
             return self._flushed(Outcome.STOPPED)
         point("worker.download.after")
+        from cbtm_worker.train import StartAgain
+
+        peers = self._peers()
+        while True:
+            try:
+                return self._trained(job, peers)
+            except StartAgain as again:
+                job = self._changed(job, again)
+
+    def _trained(self, job: TrainJob, peers: tuple[str, ...]) -> Outcome:
         from cbtm_worker.train import Trainer, together
 
-        with together(job, self._peers()) as group, Trainer(job, group=group) as trainer:
+        with together(job, peers) as group, Trainer(job, group=group) as trainer:
             try:
                 return self._train(trainer)
             except LeaseLost as error:
                 self._keep(trainer, error)
                 raise
+
+    def _changed(self, job: TrainJob, again: StartAgain) -> TrainJob:
+        """What to go on with: from the newest checkpoint, once the last is on this disk."""
+        while self._uploader.is_writing:
+            self._heartbeat.check()
+            self._uploader.check()
+            self._show()
+            time.sleep(_NOTE_SECONDS)
+        newest = self._local.newest(self._spec.task.id)
+        step = self._committed
+        if newest is not None and newest.step >= step:
+            job, step = replace(job, resume_dir=newest.directory), newest.step
+        said = ", ".join(f"{name}={value}" for name, value in again.changes.items())
+        self._context.display.say(f"{again.message}: going on from step {step:,} with {said}")
+        changes: dict[str, Any] = dict(again.changes)
+        return replace(job, **changes)
 
     def _job(self, newest: LocalCheckpoint | None) -> TrainJob:
         """Training is a function of the step, so a checkpoint on this disk is as good as the coordinator's."""
@@ -173,6 +199,7 @@ class TaskRunner:
             micro_batch=config.micro_batch,
             placement_cache=config.cache_dir / "micro-batches.json",
             compile=config.compile,
+            shard=config.shard,
         )
 
     def _peers(self) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ from cbtm_worker import check, loop, signals
 from cbtm_worker.check import Finding
 from cbtm_worker.cli import app
 from cbtm_worker.config import WorkerConfig
+from cbtm_worker.train.job import Shard
 
 JOIN = ["join", "--coordinator", "192.0.2.7:50051"]
 
@@ -38,7 +39,9 @@ def run(*arguments: str, env: dict[str, str] | None = None) -> Any:
 
 def test_every_flag_reaches_the_configuration(joined: list[WorkerConfig], tmp_path: Path) -> None:
     flags = "--token T --device cuda:1 --name box --run web --max-tasks 3 --until-idle --micro-batch 4 --threads 2"
-    answer = run(*JOIN, *flags.split(), "--compile", "--max-cache-gib", "1.5", "--cache-dir", str(tmp_path))
+    answer = run(
+        *JOIN, *flags.split(), "--compile", "--shard", "always", "--max-cache-gib", "1.5", "--cache-dir", str(tmp_path)
+    )
     assert answer.exit_code == 0, answer.output
     assert joined == [
         WorkerConfig(
@@ -52,6 +55,7 @@ def test_every_flag_reaches_the_configuration(joined: list[WorkerConfig], tmp_pa
             until_idle=True,
             micro_batch=4,
             compile=True,
+            shard=Shard.ALWAYS,
             threads=2,
             max_cache_bytes=3 << 29,
         )

@@ -17,6 +17,7 @@ from cbtm_common.errors import (
     CheckpointRejected,
     IntegrityError,
     InternalError,
+    InvalidArgument,
     LeaseLost,
     PermissionDenied,
     ResourceExhausted,
@@ -32,7 +33,7 @@ from cbtm_worker.identity import Identity, take_slot
 from cbtm_worker.inputs import Unfit
 from cbtm_worker.loop import Worker
 from cbtm_worker.task import Outcome
-from cbtm_worker.train import OutOfDeviceMemory
+from cbtm_worker.train import OutOfDeviceMemory, Shard
 from tests.support.fake_coordinator import FakeConnection
 
 
@@ -134,6 +135,13 @@ def test_tasks_are_done_one_after_the_other_until_none_is_left(place: Place) -> 
         "leaving: there is no work left",
         "left with 2 task(s) finished; thank you",
     ]
+
+
+def test_one_device_has_nobody_to_share_a_model_with(tmp_path: Path) -> None:
+    config = WorkerConfig(coordinator="fake:1", token="join", cache_dir=tmp_path, device="cpu", shard=Shard.ALWAYS)
+    with pytest.raises(InvalidArgument, match="name several with --device, without --per-gpu") as caught:
+        module.join(config, threading.Event(), Display(Console(file=io.StringIO())))
+    assert caught.value.field == "shard"
 
 
 def test_no_more_tasks_are_taken_than_were_offered(place: Place) -> None:

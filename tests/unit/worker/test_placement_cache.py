@@ -14,6 +14,15 @@ CONFIG = {"hidden_size": 64, "eos_token_id": 1, "_name_or_path": "a"}
 CARD: dict[str, Any] = {"sequence_length": 128, "precision": "bf16", "device": "a GPU", "device_bytes": 80}
 
 
+def test_devices_that_share_a_model_have_more_room_than_one() -> None:
+    keys = {
+        placement_key(CONFIG, **CARD),
+        placement_key(CONFIG, **CARD, shares=2),
+        placement_key(CONFIG, **CARD, shares=4),
+    }
+    assert len(keys) == 3
+
+
 def test_what_is_put_is_got_by_another_and_the_newest_counts(tmp_path: Path) -> None:
     path = tmp_path / "cache.json"
     PlacementCache(path).put("a", Placement(micro_batch=8))

@@ -28,6 +28,7 @@ from cbtm_worker.inputs import Unfit
 from cbtm_worker.local import LocalCheckpoints
 from cbtm_worker.session import Held, Session
 from cbtm_worker.task import Outcome, TaskContext, TaskRunner
+from cbtm_worker.train import StartAgain, TrainJob
 from tests.support.scripted_coordinator import ScriptedCoordinator, file_of, lease_of
 
 RECIPE = Recipe(sequence_length=8, global_batch=2, steps=10).to_json()
@@ -43,6 +44,7 @@ class Bench:
         self.session = session
         self.at: dict[int, Callable[[], Any]] = {}
         self.steps: list[int] = []
+        self.jobs: list[TrainJob] = []
         self.stop = threading.Event()
         self.out = io.StringIO()
         self.transfer = coordinator.transfer()
@@ -120,6 +122,7 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
 
         class Counter:
             def __init__(self, job: Any, *, group: Any) -> None:
+                made.jobs.append(job)
                 self.step = 0 if job.resume_dir is None else read_state(job.resume_dir).step
                 self.total_steps = job.total_steps
                 self.computation = Computed()
@@ -292,6 +295,27 @@ def test_a_revoked_lease_leaves_nothing(bench: Bench) -> None:
         bench.run()
     assert bench.local.all() == []
     assert bench.sent() == []
+
+
+@pytest.mark.parametrize(("saved", "committed"), [(True, 0), (False, 0), (False, 4)])
+def test_devices_that_share_a_model_and_run_out_of_memory_go_on_from_the_newest_checkpoint(
+    bench: Bench, saved: bool, committed: int
+) -> None:
+    def ask() -> None:
+        bench.heartbeat._checkpoint = saved
+
+    def run_out() -> None:
+        raise StartAgain("cuda:1 ran out of memory", changes={"micro_batch": 1, "gradient_checkpointing": True})
+
+    bench.devices = ("a", "b")
+    bench.at = {6: ask, 8: run_out}
+    assert bench.run(committed=committed) is Outcome.FINISHED
+    start = 6 if saved else committed
+    assert bench.steps == [*range(committed + 1, 9), *range(start + 1, 11)]
+    assert [(job.micro_batch, job.gradient_checkpointing) for job in bench.jobs] == [(None, False), (1, True)]
+    assert bench.sent()[-1] == 10
+    said = f"cuda:1 ran out of memory: going on from step {start} with micro_batch=1, gradient_checkpointing=True"
+    assert said in bench.out.getvalue()
 
 
 def test_what_was_saved_before_training_failed_is_handed_in(bench: Bench) -> None:

@@ -9,7 +9,9 @@ import pytest
 from cbtm_worker.train.memory import (
     Placement,
     after_out_of_memory,
+    fits_whole,
     largest_divisor,
+    left_for_activations,
     sequence_bytes,
     sequences_that_fit,
 )
@@ -65,3 +67,15 @@ def test_a_sequence_of_a_large_model_is_counted_in_gigabytes() -> None:
     # 1.3 B parameters (24 layers of 2,048 units), 2,048 tokens, half precision: activations 3.4 GB, logits 1.2 GB.
     size = sequence_bytes(sequence_length=2048, vocab_size=50_272, hidden_size=2048, layers=24, half=True)
     assert 4e9 < size < 5e9
+
+
+def test_a_model_fits_with_its_training_state_and_a_pass_in_what_is_not_lost_between_blocks() -> None:
+    # 16 bytes a parameter and 80 of a pass, in 92 % of what is free.
+    assert fits_whole(parameters=240, pass_bytes=80, free_bytes=4_261)
+    assert not fits_whole(parameters=240, pass_bytes=80, free_bytes=4_260)
+    assert not fits_whole(parameters=241, pass_bytes=80, free_bytes=4_261)
+
+
+def test_activations_get_what_gathered_weights_leave_and_never_less_than_nothing() -> None:
+    assert left_for_activations(free_bytes=1000, gathered_bytes=300) == 620
+    assert left_for_activations(free_bytes=1000, gathered_bytes=2000) == 0

@@ -10,12 +10,14 @@
         write_checkpoint(trainer.snapshot(), directory, final=True)
 
 Several devices of one machine train it as one does (`with together(job, ["cuda:1"]) as group, Trainer(job, group=group)
-as trainer`): the same batches, the same steps up to rounding, one snapshot.
+as trainer`): the same batches, the same steps up to rounding, one snapshot. A model that does not fit one of them is
+shared (`TrainJob.shard`); then `train_step` may raise `StartAgain`, which says how to go on from a checkpoint.
 
 Guarantees: the weights after step n are a function of (recipe, kind, total_steps, starting weights, shards in order,
-data_key, n). Resumed from any checkpoint on the same kind of device with the same micro-batch, threads and number of
-devices, weights and optimizer state are bit-identical to an undisturbed run's. Any micro-batch and number of devices
-gives the same gradient up to rounding (and any micro-batch up to the draw of dropout).
+data_key, n). Resumed from any checkpoint on the same kind of device with the same micro-batch, threads, number of
+devices, and way of holding the model (each all of it, or a share), weights and optimizer state are bit-identical to an
+undisturbed run's. Any micro-batch, number of devices and way of holding the model gives the same gradient up to
+rounding (and any micro-batch up to the draw of dropout).
 
 Errors: `InvalidArgument` for a job that cannot be (a sequence longer than the model's context, token ids outside its
 vocabulary, shards under one sequence), `IntegrityError` for files that are not what they should be, `InvalidState`
@@ -41,9 +43,10 @@ if TYPE_CHECKING:
         remove_partial,
         write_checkpoint,
     )
-    from cbtm_worker.train.errors import Diverged, OutOfDeviceMemory
-    from cbtm_worker.train.group import Group, together
-    from cbtm_worker.train.job import StepResult, TaskKind, TrainJob
+    from cbtm_worker.train.errors import Diverged, OutOfDeviceMemory, StartAgain
+    from cbtm_worker.train.group import Group
+    from cbtm_worker.train.job import Shard, StepResult, TaskKind, TrainJob
+    from cbtm_worker.train.peers import together
     from cbtm_worker.train.trainer import Trainer
 
 _HOME = {
@@ -51,14 +54,16 @@ _HOME = {
     "Diverged": "errors",
     "Group": "group",
     "OutOfDeviceMemory": "errors",
+    "Shard": "job",
     "Snapshot": "checkpoint",
+    "StartAgain": "errors",
     "StepResult": "job",
     "TaskKind": "job",
     "TrainJob": "job",
     "Trainer": "trainer",
     "read_state": "checkpoint",
     "remove_partial": "checkpoint",
-    "together": "group",
+    "together": "peers",
     "write_checkpoint": "checkpoint",
 }
 
@@ -67,7 +72,9 @@ __all__ = [
     "Diverged",
     "Group",
     "OutOfDeviceMemory",
+    "Shard",
     "Snapshot",
+    "StartAgain",
     "StepResult",
     "TaskKind",
     "TrainJob",

@@ -15,7 +15,8 @@ class Computation:
     """As `cbtm_api.v1.Computation` has it: equal ones give equal bits on a CPU."""
 
     device_type: str
-    # Device, instruction set, version of torch, how many devices sums are parted among, whether the model is compiled.
+    # Device, instruction set, version of torch, how many devices sums are parted among, whether they share the model,
+    # whether it is compiled.
     environment: str
     precision: str
     micro_batch: int
@@ -24,12 +25,20 @@ class Computation:
 
     @classmethod
     def on(
-        cls, device: torch.device, *, precision: str, micro_batch: int, devices: int = 1, compiled: bool = False
+        cls,
+        device: torch.device,
+        *,
+        precision: str,
+        micro_batch: int,
+        devices: int = 1,
+        sharded: bool = False,
+        compiled: bool = False,
     ) -> Computation:
         return cls(
             device_type=device.type,
             environment=_environment(device)
             + (f", {devices} devices" if devices > 1 else "")
+            + (", sharded" if sharded else "")
             + (", compiled" if compiled else ""),
             precision=precision,
             micro_batch=micro_batch,

@@ -23,6 +23,14 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
+def seed_draws(device: torch.device, seed: int) -> None:
+    """Seeds what is drawn from torch's global state on this device and the host."""
+    # torch.manual_seed would seed every kind of device, and takes a millisecond for those that are absent.
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
+
+
 class PendingValues:
     """(loss, gradient norm) of a step, on their way to the host."""
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from cbtm_common.errors import InvalidState, ResourceExhausted
 
 
@@ -11,3 +13,14 @@ class OutOfDeviceMemory(ResourceExhausted):
 
 class Diverged(InvalidState):
     """The loss is not a finite number any more; going on would only spoil weights."""
+
+
+class StartAgain(ResourceExhausted):
+    """Devices that share a model could not finish a step, and their group is over.
+
+    Training goes on from the newest checkpoint, in a new group, with `changes` to the `TrainJob`.
+    """
+
+    def __init__(self, message: str, *, changes: Mapping[str, int | bool]) -> None:
+        super().__init__(message)
+        self.changes = dict(changes)

@@ -1,43 +1,42 @@
-"""Several devices of one machine train one task: a process for each, the same weights in all.
+"""Several devices of one machine train one task: a process for each, `Group` is what one sees of the others.
 
 Each process takes its share of the global batch and adds up its gradient alone; then the processes agree on how that
 went, sum their gradients once, and make the same optimizer step. What they agree on goes over gloo, between the hosts,
-so that no device is waited for; gradients go over NCCL between CUDA devices. The first process is the worker's own; the
-others (peers) know nothing of leases or checkpoints, do what it does, and end with it.
+so that no device is waited for; gradients go over NCCL between CUDA devices. Where the devices share one model
+(`sharding`), they meet within each pass, and the first process calls what all do next.
 
-Not covered: models that do not fit one device.
+Not covered: starting and ending the processes (`peers`).
 """
 
 from __future__ import annotations
 
-import logging
-import multiprocessing
-import signal
-import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
 from datetime import timedelta
 from enum import IntEnum
+from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from cbtm_common.errors import CbtmError, InternalError
-from cbtm_common.signals import ending_signals
-from cbtm_worker.train.errors import OutOfDeviceMemory
-from cbtm_worker.train.job import TrainJob
+from cbtm_common.errors import CbtmError
+from cbtm_worker.train.last_words import lost, word_left
 
-_log = logging.getLogger(__name__)
-# For a peer to import torch.
-_START_SECONDS = 300.0
-_POLL = timedelta(seconds=0.2)
 # A process that is lost is noticed by its closed connection; a slow one is waited for.
 _PATIENCE = timedelta(days=1)
-_END_SECONDS = 30.0
+# Between the end of a process's connections and its own.
+_DEATH_SECONDS = 1.0
 _BUCKET_BYTES = 64 << 20
+
+
+class Call(IntEnum):
+    """What the first process has all do next, where the devices share one model."""
+
+    STEP = 0
+    SAVE = 1
+    SAVE_FINAL = 2
+    LEAVE = 3
 
 
 class Outcome(IntEnum):
@@ -74,140 +73,97 @@ class Group:
     def sum(self, tensors: Sequence[torch.Tensor]) -> None:
         """Each tensor becomes its sum over all processes, the same bits in all."""
 
+    def call(self, call: Call) -> Call:
+        """What the first process calls; `call` is heeded there alone."""
+        return call
+
+    def ended(self, error: Exception) -> CbtmError | None:
+        """What to raise for `error` when it came of another process's end; None when it is this one's own."""
+        return None
+
+    def abort(self) -> None:
+        """Gives up what is under way with the others: they are gone, or to be ended. From any thread."""
+
 
 class ProcessGroup(Group):
-    """This process among `size`, which meet through a file in `folder`. One at a time in a process."""
+    """This process among `size`, which meet through a file in `folder`. One at a time in a process.
 
-    def __init__(self, *, rank: int, size: int, folder: Path, cuda: bool) -> None:
+    `others`: those that the first process has started.
+    """
+
+    def __init__(self, *, rank: int, size: int, folder: Path, cuda: bool, others: Sequence[BaseProcess] = ()) -> None:
         self.rank = rank
         self.size = size
         self.folder = folder
+        self.is_aborted = False
+        self._others = others
         store = dist.FileStore(str(folder / "store"), size)  # type: ignore[attr-defined]
         dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=_PATIENCE)
-        self._gradients = dist.new_group(backend="nccl") if cuda else dist.group.WORLD
+        world = dist.group.WORLD
+        assert world is not None
+        self._hosts: dist.ProcessGroup = world
+        # Among the devices.
+        self.devices: dist.ProcessGroup = dist.new_group(backend="nccl") if cuda else world
 
     def least(self, values: list[int]) -> list[int]:
         numbers = torch.tensor(values, dtype=torch.int64)
-        self._reduce(numbers, dist.ReduceOp.MIN, dist.group.WORLD)
+        self._reduce(numbers, dist.ReduceOp.MIN, self._hosts)
         return [int(n) for n in numbers.tolist()]
 
     def agree(self, outcome: Outcome, present: list[bool]) -> tuple[Outcome, list[bool]]:
         numbers = torch.tensor([int(outcome), *map(int, present)], dtype=torch.int32)
-        self._reduce(numbers, dist.ReduceOp.MAX, dist.group.WORLD)
+        self._reduce(numbers, dist.ReduceOp.MAX, self._hosts)
         gravest, *anywhere = numbers.tolist()
         return Outcome(int(gravest)), [bool(n) for n in anywhere]
 
     def sum(self, tensors: Sequence[torch.Tensor]) -> None:
         for bucket in _buckets(tensors):
             flat = torch.cat([t.flatten() for t in bucket])
-            self._reduce(flat, dist.ReduceOp.SUM, self._gradients)
+            self._reduce(flat, dist.ReduceOp.SUM, self.devices)
             for tensor, part in zip(bucket, torch.split(flat, [t.numel() for t in bucket]), strict=True):
                 tensor.copy_(part.view_as(tensor))
+
+    def call(self, call: Call) -> Call:
+        number = torch.tensor([call], dtype=torch.int32)
+        try:
+            dist.broadcast(number, src=0, group=self._hosts)
+        except RuntimeError as error:
+            raise lost(self.folder, error) from error
+        return Call(int(number))
+
+    def send(self, tensor: torch.Tensor) -> None:
+        """To the first process's `receive`; in host memory."""
+        try:
+            dist.send(tensor, dst=0, group=self._hosts)
+        except RuntimeError as error:
+            raise lost(self.folder, error) from error
+
+    def receive(self, tensor: torch.Tensor, rank: int) -> None:
+        """Fills `tensor`, in host memory, with what process `rank` sends."""
+        try:
+            dist.recv(tensor, src=rank, group=self._hosts)
+        except RuntimeError as error:
+            raise lost(self.folder, error) from error
+
+    def ended(self, error: Exception) -> CbtmError | None:
+        said = word_left(self.folder)
+        if said is None and wait([process.sentinel for process in self._others], _DEATH_SECONDS):
+            return lost(self.folder, error)
+        return said
+
+    def abort(self) -> None:
+        self.is_aborted = True
+        if self.devices is not self._hosts:
+            self.devices.abort()
 
     def close(self) -> None:
         dist.destroy_process_group()
 
-    def _reduce(self, numbers: torch.Tensor, how: dist.ReduceOp.RedOpType, group: dist.ProcessGroup | None) -> None:
+    def _reduce(self, numbers: torch.Tensor, how: dist.ReduceOp.RedOpType, group: dist.ProcessGroup) -> None:
         try:
             dist.all_reduce(numbers, how, group=group)
         except RuntimeError as error:
             raise lost(self.folder, error) from error
-
-
-def lost(folder: Path, error: Exception) -> CbtmError:
-    """What to raise when another process is gone: what it said of its own end, if it did."""
-    for path in sorted(folder.glob("error-*")):
-        kind, _, text = path.read_text("utf-8").partition("\n")
-        return OutOfDeviceMemory(text) if kind == OutOfDeviceMemory.__name__ else InternalError(text)
-    return InternalError(f"a process that trains this task on another device has ended: {error}")
-
-
-@contextmanager
-def together(job: TrainJob, peers: Sequence[str]) -> Iterator[Group]:
-    """The group that trains `job` on its own device and on those in `peers`, whose processes live within the context.
-
-    Raises InternalError, or OutOfDeviceMemory, when one cannot be started.
-    """
-    if not peers:
-        yield Group()
-        return
-    size, threads = 1 + len(peers), torch.get_num_threads()
-    # Where each process computes on the CPU, they share its cores.
-    share = max(1, threads // size)
-    context = multiprocessing.get_context("spawn")
-    with tempfile.TemporaryDirectory(prefix="cbtm-group-") as name:
-        folder = Path(name)
-        processes = [
-            context.Process(
-                target=_peer, args=(replace(job, device=device), rank, size, folder, share), name=device, daemon=True
-            )
-            for rank, device in enumerate(peers, start=1)
-        ]
-        torch.set_num_threads(share)
-        try:
-            for process in processes:
-                process.start()
-            group = _met(processes, size, folder, cuda=job.device.startswith("cuda"))
-            try:
-                yield group
-            finally:
-                group.close()
-        finally:
-            torch.set_num_threads(threads)
-            _end(processes)
-
-
-def _met(processes: Sequence[BaseProcess], size: int, folder: Path, *, cuda: bool) -> ProcessGroup:
-    """The first process's group, once all peers are there to meet it."""
-    waited = 0.0
-    for rank, process in enumerate(processes, start=1):
-        while not (folder / f"here-{rank}").exists():
-            process.join(_POLL.total_seconds())
-            waited += _POLL.total_seconds()
-            if not process.is_alive() or waited > _START_SECONDS:
-                raise lost(folder, InternalError(f"{process.name}: its process did not start"))
-    return ProcessGroup(rank=0, size=size, folder=folder, cuda=cuda)
-
-
-def _end(processes: Sequence[BaseProcess]) -> None:
-    for process in processes:
-        if process.pid is None:
-            continue
-        process.join(_END_SECONDS)
-        if process.is_alive():
-            _log.warning("the process of %s does not end, and is killed", process.name)
-            process.kill()
-            process.join()
-
-
-def _peer(job: TrainJob, rank: int, size: int, folder: Path, threads: int) -> None:
-    """A peer's process: as many steps as the first one makes."""
-    from cbtm_worker.train.trainer import Trainer
-
-    for number in ending_signals():
-        # The worker decides; a peer ends with it.
-        signal.signal(number, signal.SIG_IGN)
-    # The worker's own process says the same.
-    logging.disable(logging.WARNING)
-    torch.set_num_threads(threads)
-    (folder / f"here-{rank}").touch()
-    try:
-        group = ProcessGroup(rank=rank, size=size, folder=folder, cuda=job.device.startswith("cuda"))
-        with Trainer(job, group=group) as trainer:
-            while trainer.step < trainer.total_steps:
-                trainer.train_step()
-        group.close()
-    except GroupStopped:
-        return
-    except Exception as error:  # noqa: BLE001  # told to the worker's process, which has the volunteer's ear
-        said = error.message if isinstance(error, CbtmError) else f"{type(error).__name__}: {error}"
-        partial = folder / f".error-{rank}"
-        try:
-            partial.write_text(f"{type(error).__name__}\n{job.device}: {said}", "utf-8")
-            partial.rename(folder / f"error-{rank}")
-        except FileNotFoundError:
-            # The worker's process has gone before.
-            return
 
 
 def _buckets(tensors: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:

@@ -7,12 +7,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import Literal
 
 from cbtm_common.recipe import Recipe
 
 TaskKind = Literal["seed", "expert"]
+
+
+class Shard(StrEnum):
+    """Whether the devices that train a task together hold a share of the model each, or all of it."""
+
+    # A share where one device does not hold it all.
+    AUTO = "auto"
+    ALWAYS = "always"
+    NEVER = "never"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +56,11 @@ class TrainJob:
     gradient_checkpointing: bool = False
     # torch.compile the model. None: on CUDA, and as the checkpoint was computed where a resume keeps its bits.
     compile: bool | None = None
+    # Of a task that several devices train.
+    shard: Shard = Shard.AUTO
+    # Whether an operation on CUDA that has no deterministic form is refused at first. A sharded model, which cannot do
+    # without it in the middle of a step, starts again with False.
+    deterministic: bool = True
 
 
 class StepResult:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 # float32 weights, gradients and AdamW's two moments.
 STATE_BYTES_PER_PARAMETER = 16
@@ -42,6 +43,28 @@ def sequence_bytes(*, sequence_length: int, vocab_size: int, hidden_size: int, l
     activations = 34 * hidden_size * layers * (1 if half else 2)
     logits = (12 if half else 16) * vocab_size
     return sequence_length * (activations + logits)
+
+
+def sequence_bytes_of(config: Any, vocab_size: int, sequence_length: int, half: bool) -> int:
+    """The same for a model with transformers' `config`."""
+    text = config.get_text_config()
+    return sequence_bytes(
+        sequence_length=sequence_length,
+        vocab_size=vocab_size,
+        hidden_size=int(text.hidden_size),
+        layers=int(text.num_hidden_layers),
+        half=half,
+    )
+
+
+def fits_whole(*, parameters: int, pass_bytes: int, free_bytes: int) -> bool:
+    """Whether a device with `free_bytes` holds a model's training state, and a pass that takes `pass_bytes`."""
+    return parameters * STATE_BYTES_PER_PARAMETER + pass_bytes <= _SHARE_USED * free_bytes
+
+
+def left_for_activations(*, free_bytes: int, gathered_bytes: int) -> int:
+    """Of a device that holds its share of a model, once what it gathers for a while is counted."""
+    return max(0, int(_SHARE_USED * free_bytes) - gathered_bytes)
 
 
 def sequences_that_fit(peak_bytes: Callable[[int], int | None], *, budget: int) -> int:

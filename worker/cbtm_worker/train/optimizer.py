@@ -6,12 +6,14 @@ so that a step cannot run out of memory halfway through it, and has names, so th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import torch
 
 from cbtm_common.errors import IntegrityError
 from cbtm_common.recipe import OptimizerRecipe
+from cbtm_worker.train.checkpoint import OPTIMIZER, CheckpointState, read_optimizer
 
 _FIELDS = ("step", "exp_avg", "exp_avg_sq")
 
@@ -52,14 +54,30 @@ def optimizer_tensors(
     }
 
 
-def load_optimizer(tensors: Mapping[str, torch.Tensor], targets: Mapping[str, torch.Tensor]) -> None:
-    """Copies saved tensors into `targets` (`optimizer_tensors`). IntegrityError unless names and shapes agree."""
-    if set(tensors) != set(targets):
-        odd = sorted(set(tensors) ^ set(targets))
+def restore_optimizer(
+    directory: Path,
+    state: CheckpointState,
+    targets: Mapping[str, torch.Tensor],
+    copy: Callable[[torch.Tensor, torch.Tensor], object],
+) -> bool:
+    """`copy(target, saved)` for each of `targets` (`optimizer_tensors`), from the checkpoint in `directory`.
+
+    False when that is a final one, which has no optimizer and needs none: nothing is left to train. Raises
+    IntegrityError when it should have one, or names and shapes do not agree.
+    """
+    if not (directory / OPTIMIZER).exists():
+        if state.step < state.total_steps:
+            raise IntegrityError(f"{directory}: step {state.step} of {state.total_steps}, without {OPTIMIZER}")
+        return False
+    saved = read_optimizer(directory)
+    if set(saved) != set(targets):
+        odd = sorted(set(saved) ^ set(targets))
         raise IntegrityError(f"optimizer state: {len(odd)} tensors are missing or unknown, the first is {odd[0]!r}")
-    for name, target in targets.items():
-        if tensors[name].shape != target.shape:
-            raise IntegrityError(
-                f"optimizer state: {name} has shape {tuple(tensors[name].shape)}, not {tuple(target.shape)}"
-            )
-        target.copy_(tensors[name])
+    with torch.no_grad():
+        for name, target in targets.items():
+            if saved[name].shape != target.shape:
+                raise IntegrityError(
+                    f"optimizer state: {name} has shape {tuple(saved[name].shape)}, not {tuple(target.shape)}"
+                )
+            copy(target, saved[name])
+    return True

@@ -23,11 +23,12 @@ _NOT_OF_THE_SHAPE = ("_name_or_path", "transformers_version", "dtype", "bos_toke
 
 
 def placement_key(
-    config: dict[str, Any], *, sequence_length: int, precision: str, device: str, device_bytes: int
+    config: dict[str, Any], *, sequence_length: int, precision: str, device: str, device_bytes: int, shares: int = 1
 ) -> str:
-    """What the memory of a pass depends on: the model's shape, the sequence, the precision, the card."""
+    """What the memory of a pass depends on: the model's shape, the sequence, the precision, the card, and how many
+    devices share the model."""
     shape = {name: value for name, value in config.items() if name not in _NOT_OF_THE_SHAPE}
-    said = [shape, sequence_length, precision, device, device_bytes]
+    said = [shape, sequence_length, precision, device, device_bytes, shares]
     return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()
 
 

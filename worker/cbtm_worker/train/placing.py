@@ -13,7 +13,9 @@ from transformers import PreTrainedModel
 from cbtm_worker.train import memory
 from cbtm_worker.train.checkpoint import CheckpointState
 from cbtm_worker.train.errors import OutOfDeviceMemory
+from cbtm_worker.train.group import Group
 from cbtm_worker.train.job import TrainJob
+from cbtm_worker.train.layout import Layout
 from cbtm_worker.train.loss import Loss
 from cbtm_worker.train.memory import Placement
 from cbtm_worker.train.model import lacks_determinism, make_deterministic, vocabulary_size
@@ -23,13 +25,22 @@ _log = logging.getLogger(__name__)
 
 
 class Placer:
-    """For one model on one device; `batch` sequences of each step fall to this device."""
+    """For one model on one device of `group`, among whose devices each step's sequences are dealt evenly."""
 
     def __init__(
-        self, job: TrainJob, *, batch: int, model: PreTrainedModel, loss: Loss, device: torch.device, device_name: str
+        self,
+        job: TrainJob,
+        *,
+        group: Group,
+        layout: Layout,
+        model: PreTrainedModel,
+        loss: Loss,
+        device: torch.device,
+        device_name: str,
     ) -> None:
         self._job = job
-        self._batch = batch
+        self._batch = job.recipe.global_batch // group.size
+        self._layout = layout
         self._model = model
         self._loss = loss
         self._device = device
@@ -41,6 +52,7 @@ class Placer:
             precision=loss.precision,
             device=device_name,
             device_bytes=torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0,
+            shares=group.size if layout.is_sharded else 1,
         )
 
     def first(self, resumed: CheckpointState | None) -> Placement:
@@ -80,19 +92,24 @@ class Placer:
         return smaller
 
     def _fitting(self) -> Placement:
-        if self._device.type == "cuda":
+        on_cuda = self._device.type == "cuda"
+        if on_cuda and not self._layout.is_sharded:
             found = self._probed()
             self._cache.put(self._key, found)
             return found
-        config = self._model.config.get_text_config()
-        sequence = memory.sequence_bytes(
-            sequence_length=self._job.recipe.sequence_length,
-            vocab_size=vocabulary_size(self._model),
-            hidden_size=int(config.hidden_size),
-            layers=int(config.num_hidden_layers),
-            half=False,
+        # A probe of a shared model that runs out of memory would be its group's end.
+        budget = memory.CPU_ACTIVATION_BYTES
+        if on_cuda:
+            budget = memory.left_for_activations(
+                free_bytes=self._free_bytes(), gathered_bytes=self._layout.gathered_bytes
+            )
+        sequence = memory.sequence_bytes_of(
+            self._model.config,
+            vocabulary_size(self._model),
+            self._job.recipe.sequence_length,
+            half=self._loss.precision == "bf16",
         )
-        return Placement(micro_batch=max(1, memory.CPU_ACTIVATION_BYTES // sequence))
+        return Placement(micro_batch=max(1, budget // sequence))
 
     def _probed(self) -> Placement:
         fits = memory.sequences_that_fit(self._peak_bytes, budget=self._free_bytes())

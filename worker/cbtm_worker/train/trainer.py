@@ -8,7 +8,7 @@ in float32 anywhere else, CPUs included.
 On CUDA every operation is asked for its deterministic form; a model with one that has none trains all the same, with
 a warning. There, the host runs at most one step ahead of the device: it waits for the step before last, never for the
 last, so that the device always has work queued. With a group it is one of several processes, each with a device of its
-own, that train as one. Not covered: everything about leases and uploads.
+own, that train as one, as replicas or with shares of one model (`layout`). Not covered: leases, uploads.
 """
 
 from __future__ import annotations
@@ -17,34 +17,32 @@ import logging
 import math
 import time
 from collections.abc import Callable
-from pathlib import Path
+from dataclasses import asdict
 from types import TracebackType
 
 import torch
 
 from cbtm_common import faults
-from cbtm_common.errors import CbtmError, IntegrityError, InternalError, InvalidArgument, InvalidState
+from cbtm_common.errors import CbtmError, InternalError, InvalidArgument, InvalidState
 from cbtm_common.recipe import Precision
 from cbtm_worker.train.checkpoint import (
     MODEL,
-    OPTIMIZER,
     CheckpointState,
     Snapshot,
     check_resumable,
-    host_copies,
-    read_optimizer,
     read_state,
 )
 from cbtm_worker.train.computation import Computation, computes_bf16
 from cbtm_worker.train.data import Batches, ShardSet
-from cbtm_worker.train.device import PendingValues, device_name, open_device
-from cbtm_worker.train.errors import Diverged, OutOfDeviceMemory
-from cbtm_worker.train.group import Group, GroupStopped, Outcome
+from cbtm_worker.train.device import PendingValues, device_name, open_device, seed_draws
+from cbtm_worker.train.errors import Diverged, OutOfDeviceMemory, StartAgain
+from cbtm_worker.train.group import Call, Group, GroupStopped, Outcome
 from cbtm_worker.train.job import StepResult, TrainJob
+from cbtm_worker.train.layout import choose_layout
 from cbtm_worker.train.loss import Loss
 from cbtm_worker.train.memory import Placement
 from cbtm_worker.train.model import context_length, lacks_determinism, load_model, make_deterministic, vocabulary_size
-from cbtm_worker.train.optimizer import load_optimizer, make_optimizer, optimizer_tensors
+from cbtm_worker.train.optimizer import make_optimizer, optimizer_tensors, restore_optimizer
 from cbtm_worker.train.order import draw_seed
 from cbtm_worker.train.placing import Placer
 from cbtm_worker.train.schedule import Schedule
@@ -72,7 +70,7 @@ class Trainer:
         self._device_name = device_name(self._device)
         self._schedule = Schedule.of(recipe, job.kind, job.total_steps)
         self._tokens = recipe.global_batch * recipe.sequence_length
-        make_deterministic(self._device)
+        make_deterministic(self._device, strict=job.deterministic)
 
         resumed = None
         if job.resume_dir is not None:
@@ -81,7 +79,8 @@ class Trainer:
         self._step = resumed.step if resumed else 0
         self._loss = resumed.loss if resumed else None
         self._pending: list[PendingValues] = []
-        # Whether the group's other processes have ended, or will by themselves.
+        # Whether the group's other processes have ended, will by themselves, or, where they share a model, are in the
+        # middle of a step and cannot be called.
         self._is_over = False
 
         source = job.model_dir if job.resume_dir is None else job.resume_dir / MODEL
@@ -93,27 +92,30 @@ class Trainer:
                 field="sequence_length",
             )
         shards = ShardSet(job.shard_paths, sequence_length=recipe.sequence_length, vocab_size=vocabulary_size(model))
+        half = computes_bf16(self._device) and recipe.precision is Precision.BF16
+        self._layout = choose_layout(job, self._group, model, self._device, half=half)
         try:
-            self._model = model.to(self._device)  # type: ignore[arg-type]
+            self._model = self._layout.place(model, self._device)
             self._parameters = {name: p for name, p in self._model.named_parameters() if p.requires_grad}
             self._optimizer = make_optimizer(self._parameters, recipe.optimizer)
         except torch.OutOfMemoryError as error:
             raise OutOfDeviceMemory(f"{job.device}: weights and optimizer state do not fit: {error}") from error
         self._has_moments = True
         if resumed is not None and job.resume_dir is not None:
-            self._load_moments(job.resume_dir, resumed)
-        half = computes_bf16(self._device) and recipe.precision is Precision.BF16
+            targets = optimizer_tensors(self._optimizer, self._parameters)
+            self._has_moments = restore_optimizer(job.resume_dir, resumed, targets, self._layout.load)
         self._loss_sum = Loss(self._model, device=self._device, half=half, compiled=self._first_compiled(resumed))
-        share = recipe.global_batch // self._group.size
         self._placer = Placer(
             job,
-            batch=share,
+            group=self._group,
+            layout=self._layout,
             model=model,
             loss=self._loss_sum,
             device=self._device,
             device_name=self._device_name,
         )
         self._placement = self._common(self._placer.first(resumed))
+        share = recipe.global_batch // self._group.size
         self._batches = Batches(
             shards,
             global_batch=recipe.global_batch,
@@ -150,6 +152,7 @@ class Trainer:
             precision=self.precision,
             micro_batch=self._placement.micro_batch,
             devices=self._group.size,
+            sharded=self._layout.is_sharded,
             compiled=self._loss_sum.is_compiled,
         )
 
@@ -158,9 +161,31 @@ class Trainer:
         return sum(p.numel() for p in self._parameters.values())
 
     def train_step(self) -> StepResult:
-        """One optimizer step. Raises Diverged, OutOfDeviceMemory, and InvalidState when all steps are done."""
+        """One optimizer step. Raises Diverged, OutOfDeviceMemory, InvalidState when all steps are done, and, where
+        devices share a model, StartAgain; after that, this trainer and its group are of no use."""
         if self._step >= self._job.total_steps:
             raise InvalidState(f"all {self._job.total_steps} steps of {self._job.task_id} are done")
+        self._call(Call.STEP)
+        return self._train_step()
+
+    def follow(self) -> None:
+        """In a peer: makes what the first process makes, until that leaves."""
+        if not self._layout.is_sharded:
+            while self._step < self._job.total_steps:
+                self._train_step()
+            return
+        while True:
+            match call := self._group.call(Call.LEAVE):
+                case Call.STEP:
+                    self._train_step()
+                case Call.SAVE | Call.SAVE_FINAL:
+                    self._copies(final=call is Call.SAVE_FINAL)
+                case Call.LEAVE:
+                    return
+
+    def _train_step(self) -> StepResult:
+        # Until it is done, nobody listens.
+        self._is_over = self._layout.is_sharded
         started = time.perf_counter()
         learning_rate = self._schedule.learning_rate(self._step)
         batch_BS = self._batches.get(self._step)
@@ -178,6 +203,7 @@ class Trainer:
         self._settle(keep=1 if self._device.type == "cuda" else 0)
         if self._group.rank == 0:
             faults.point("worker.step.after")
+        self._is_over = False
         return StepResult(
             step=self._step,
             tokens=self._tokens,
@@ -192,11 +218,8 @@ class Trainer:
         Raises Diverged rather than copy weights that are no longer numbers.
         """
         self._settle(keep=0)
-        moments = None
-        if self._has_moments and not final:
-            moments = optimizer_tensors(self._optimizer, self._parameters)
-        # keep_vars gives the parameters themselves, by which tied weights are known.
-        weights = self._model.state_dict(keep_vars=True)
+        self._call(Call.SAVE_FINAL if final else Call.SAVE)
+        weights, moments = self._copies(final=final)
         state = CheckpointState(
             task_id=self._job.task_id,
             kind=self._job.kind,
@@ -212,20 +235,21 @@ class Trainer:
             compiled=self._loss_sum.is_compiled,
             devices=self._group.size,
         )
-        return Snapshot(
-            state=state,
-            weights=host_copies(weights),
-            optimizer=None if moments is None else host_copies(moments),
-            skeleton=self._skeleton,
-        )
+        return Snapshot(state=state, weights=weights, optimizer=moments, skeleton=self._skeleton)
 
     def close(self) -> None:
         """Stops reading ahead, and the group's other processes. The device's memory is freed with the object."""
         self._batches.close()
-        if self._group.size == 1 or self._group.rank > 0 or self._is_over or self._step >= self._job.total_steps:
+        if self._group.size == 1 or self._group.rank > 0:
+            return
+        if self._is_over:
+            self._group.abort()
             return
         try:
-            self._group.agree(Outcome.STOPPED, [False] * len(self._parameters))
+            if self._layout.is_sharded:
+                self._group.call(Call.LEAVE)
+            elif self._step < self._job.total_steps:
+                self._group.agree(Outcome.STOPPED, [False] * len(self._parameters))
         except CbtmError as error:
             # They have ended by themselves, for the same reason as this one as a rule.
             _log.debug("the group has no need to be stopped: %s", error.message)
@@ -247,10 +271,13 @@ class Trainer:
         """
         parameters = list(self._parameters.values())
         outcome, loss, failure = self._own_gradient(batch_BS)
+        if self._layout.is_sharded and outcome is not Outcome.DONE:
+            raise self._end(outcome, failure)
         agreed, present = self._group.agree(outcome, [p.grad is not None for p in parameters])
         if agreed is Outcome.DONE:
             assert loss is not None
-            return self._common_gradient(loss, [p for p, has in zip(parameters, present, strict=True) if has])
+            gradients = [p for p, has in zip(parameters, present, strict=True) if has]
+            return self._layout.common_gradient(loss, gradients, self._job.recipe.optimizer.gradient_clip)
         self._optimizer.zero_grad(set_to_none=True)
         match agreed:
             case Outcome.OUT_OF_MEMORY:
@@ -269,6 +296,17 @@ class Trainer:
                     raise InternalError("a process that failed to train on another device goes on")
                 raise failure
         return None
+
+    def _end(self, outcome: Outcome, failure: Exception | None) -> Exception:
+        """What ends this process's part in a shared model; the others may be waiting in the middle of a pass."""
+        match outcome:
+            case Outcome.OUT_OF_MEMORY:
+                smaller = self._placer.smaller(self._placement)
+                return StartAgain(f"{self._job.device} ran out of memory", changes=asdict(smaller))
+            case Outcome.NOT_DETERMINISTIC:
+                return StartAgain("an operation has no deterministic form", changes={"deterministic": False})
+        assert failure is not None
+        return self._group.ended(failure) or failure
 
     def _own_gradient(self, batch_BS: torch.Tensor) -> tuple[Outcome, torch.Tensor | None, Exception | None]:
         """(how it went, this process's share of the loss, the defect): the gradient of this process's sequences."""
@@ -293,31 +331,11 @@ class Trainer:
         # Micro-steps are numbered through the processes, as if one had them all.
         first = self._group.rank * (len(batch_bS) // micro_batch)
         for index, micro_bS in enumerate(torch.split(batch_bS, micro_batch), start=first):
-            self._seed_draws(draw_seed(recipe.seed, self._job.data_key, self._step, index))
+            seed_draws(self._device, draw_seed(recipe.seed, self._job.data_key, self._step, index))
             if self._hook is not None:
                 self._hook(self._step, index, len(micro_bS))
             loss += self._micro_step(micro_bS)
         return loss
-
-    def _common_gradient(self, loss: torch.Tensor, parameters: list[torch.nn.Parameter]) -> torch.Tensor:
-        """(loss, gradient norm) [2] of the global batch, the gradient summed over the group and clipped."""
-        for parameter in parameters:
-            if parameter.grad is None:
-                # Of an expert, say, that no token of this process was routed to.
-                parameter.grad = torch.zeros_like(parameter)
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        self._group.sum([loss, *gradients])
-        norm = torch.nn.utils.get_total_norm(gradients)
-        clip = self._job.recipe.optimizer.gradient_clip
-        if clip > 0:
-            torch.nn.utils.clip_grads_with_norm_(parameters, clip, norm)
-        return torch.stack((loss, norm))
-
-    def _seed_draws(self, seed: int) -> None:
-        # torch.manual_seed would seed every kind of device, and takes a millisecond for those that are absent.
-        torch.default_generator.manual_seed(seed)
-        if self._device.type == "cuda":
-            torch.cuda.manual_seed(seed)
 
     def _micro_step(self, micro_bS: torch.Tensor) -> torch.Tensor:
         """Adds the micro-batch's share of the gradient; returns its share of the loss."""
@@ -338,7 +356,22 @@ class Trainer:
                 )
             self._loss = loss
 
-    # -------------------------------------------------------------------------------------------- placement
+    # ------------------------------------------------------------------------------------- group, placement
+
+    def _call(self, call: Call) -> None:
+        if not self._layout.is_sharded:
+            return
+        if self._is_over:
+            raise InvalidState(f"{self._job.task_id}: the devices that shared its model have parted")
+        self._group.call(call)
+
+    def _copies(self, *, final: bool) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor] | None]:
+        """(weights; optimizer state, unless `final` or absent), in host memory."""
+        # keep_vars gives the parameters themselves, by which tied weights are known.
+        weights = self._layout.host_copies(self._model.state_dict(keep_vars=True))
+        if final or not self._has_moments:
+            return weights, None
+        return weights, self._layout.host_copies(optimizer_tensors(self._optimizer, self._parameters))
 
     def _common(self, placement: Placement) -> Placement:
         """The one that fits every device of the group."""
@@ -346,18 +379,11 @@ class Trainer:
         return self._placer.adopt(Placement(micro_batch=micro_batch, gradient_checkpointing=not plain))
 
     def _first_compiled(self, resumed: CheckpointState | None) -> bool:
+        if self._layout.is_sharded:
+            return False
         if self._job.compile is not None:
             return self._job.compile
         if resumed is not None and resumed.device == self._device_name:
             # As it was computed, for the same bits.
             return resumed.compiled
         return self._device.type == "cuda"
-
-    def _load_moments(self, directory: Path, resumed: CheckpointState) -> None:
-        # A final checkpoint has no optimizer, and needs none: nothing is left to train.
-        self._has_moments = (directory / OPTIMIZER).exists()
-        if self._has_moments:
-            with torch.no_grad():
-                load_optimizer(read_optimizer(directory), optimizer_tensors(self._optimizer, self._parameters))
-        elif resumed.step < resumed.total_steps:
-            raise IntegrityError(f"{directory}: step {resumed.step} of {resumed.total_steps}, without {OPTIMIZER}")
