@@ -24,7 +24,9 @@ from cbtm_coordinator.storage import LocalStore, Signed, UrlSigner, prepare_down
 from cbtm_coordinator.storage.base import CHUNK
 from cbtm_coordinator.storage.http_app import make_app
 from cbtm_coordinator.storage.local import Incoming
-from tests.support.objects import IMPATIENT, PART, TTL, Backend, ObjectStoreContract, make_file, serve
+from tests.support.asgi import serve
+from tests.support.object_contract import ObjectStoreContract
+from tests.support.objects import IMPATIENT, PART, TTL, Backend, make_file
 
 pytestmark = pytest.mark.integration
 

@@ -16,7 +16,8 @@ from cbtm_common.errors import IntegrityError, InvalidArgument, PermissionDenied
 from cbtm_common.files import FileSpec
 from cbtm_coordinator.storage import S3Config, S3Store, StorageConfig, open_object_store, prepare_upload, verify
 from cbtm_coordinator.storage.s3 import _make_client
-from tests.support.objects import Backend, ObjectStoreContract
+from tests.support.object_contract import ObjectStoreContract
+from tests.support.objects import Backend
 from tests.support.seaweed import Seaweed, seaweed
 
 pytestmark = pytest.mark.integration

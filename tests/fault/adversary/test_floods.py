@@ -32,9 +32,10 @@ from cbtm_coordinator.storage import LocalStore
 from cbtm_coordinator.storage.http_app import make_app
 from cbtm_coordinator.storage.http_protocol import guarded_protocol
 from cbtm_coordinator.storage.signing import UrlSigner
+from tests.support.asgi import serve
 from tests.support.certificates import OwnAuthority
 from tests.support.coordinator import RunningCoordinator, running_coordinator
-from tests.support.objects import TTL, serve
+from tests.support.objects import TTL
 from tests.support.raw_run import STEPS, RawWorker, checkpoint_folder, make_run, register_request
 
 pytestmark = pytest.mark.integration
