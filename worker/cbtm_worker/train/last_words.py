@@ -14,7 +14,7 @@ def leave_word(folder: Path, rank: int, device: str, error: Exception) -> None:
     text = error.message if isinstance(error, CbtmError) else f"{type(error).__name__}: {error}"
     said = {
         "kind": type(error).__name__,
-        "message": f"{device}: {text}",
+        "message": text if text.startswith(device) else f"{device}: {text}",
         "changes": error.changes if isinstance(error, StartAgain) else {},
     }
     partial = folder / f".error-{rank}"

@@ -108,9 +108,17 @@ class Sharded(Layout):
 
 
 def blocks_of(model: PreTrainedModel) -> list[torch.nn.Module]:
-    """The transformer blocks, by what transformers must not split. Raises InvalidArgument when it names none."""
+    """The transformer blocks: the outermost of what transformers must not split.
+
+    Raises InvalidArgument for a model that names none.
+    """
     names = set(model._no_split_modules or ())
-    blocks = [module for module in model.modules() if type(module).__name__ in names]
+    blocks: list[torch.nn.Module] = []
+    within: set[torch.nn.Module] = set()
+    for module in model.modules():
+        if type(module).__name__ in names and module not in within:
+            blocks.append(module)
+            within.update(module.modules())
     if not blocks:
         raise InvalidArgument(
             f"shard: {type(model).__name__} does not say what its blocks are, so that devices cannot share it: use"
