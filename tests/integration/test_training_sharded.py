@@ -170,9 +170,27 @@ def test_a_peer_runs_out_of_memory_within_a_pass_and_the_first_process_knows_how
     job = make_job(
         tmp_path, architecture="llama", recipe=make_recipe(global_batch=8), micro_batch=2, shard=Shard.ALWAYS
     )
-    with pytest.raises(StartAgain, match="^cpu ran out of memory") as caught:
+    with pytest.raises(StartAgain, match=r"^cpu ran out of memory") as caught:
         train_all(job)
     assert caught.value.changes == {"micro_batch": 1, "gradient_checkpointing": False}
+    assert multiprocessing.active_children() == []
+
+
+def save(job: TrainJob) -> None:
+    with together(job, ["cpu"]) as group, Trainer(job, group=group) as trainer:
+        trainer.snapshot()
+
+
+def test_the_first_process_fails_to_save_and_the_peer_that_is_sending_does_not_keep_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(layout: Sharded, tensor: DTensor) -> torch.Tensor:
+        raise MemoryError("injected")
+
+    # In this process alone.
+    monkeypatch.setattr(Sharded, "_gathered", fails)
+    with pytest.raises(MemoryError, match="injected"):
+        save(make_job(tmp_path, shard=Shard.ALWAYS))
     assert multiprocessing.active_children() == []
 
 

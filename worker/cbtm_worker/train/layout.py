@@ -79,7 +79,7 @@ def choose_layout(job: TrainJob, group: Group, model: PreTrainedModel, device: t
         if group.least([int(fits)]) == [1]:
             return Layout(group)
         needed = parameters * memory.STATE_BYTES_PER_PARAMETER / 1e9
-        _log.warning("the model takes %.1f GB, more than one device holds: %d devices share it", needed, group.size)
+        _log.warning("training takes %.1f GB and activations, too much for one device: %d share it", needed, group.size)
     from cbtm_worker.train.sharding import Sharded
 
     return Sharded(group, half=half)

@@ -80,7 +80,7 @@ class Trainer:
         self._loss = resumed.loss if resumed else None
         self._pending: list[PendingValues] = []
         # Whether the group's other processes have ended, will by themselves, or, where they share a model, are in the
-        # middle of a step and cannot be called.
+        # middle of a step or save and cannot be called.
         self._is_over = False
 
         source = job.model_dir if job.resume_dir is None else job.resume_dir / MODEL
@@ -367,11 +367,13 @@ class Trainer:
 
     def _copies(self, *, final: bool) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor] | None]:
         """(weights; optimizer state, unless `final` or absent), in host memory."""
+        self._is_over = self._layout.is_sharded
         # keep_vars gives the parameters themselves, by which tied weights are known.
-        weights = self._layout.host_copies(self._model.state_dict(keep_vars=True))
-        if final or not self._has_moments:
-            return weights, None
-        return weights, self._layout.host_copies(optimizer_tensors(self._optimizer, self._parameters))
+        weights, moments = self._layout.host_copies(self._model.state_dict(keep_vars=True)), None
+        if self._has_moments and not final:
+            moments = self._layout.host_copies(optimizer_tensors(self._optimizer, self._parameters))
+        self._is_over = False
+        return weights, moments
 
     def _common(self, placement: Placement) -> Placement:
         """The one that fits every device of the group."""
