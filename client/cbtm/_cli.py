@@ -181,6 +181,8 @@ def route_command(
             table.add_row(
                 "" if place else Text(shown), str(weight.index), f"{weight.weight:.3f}", ", ".join(weight.top_terms[:6])
             )
+        if routing.seed_stands_in:
+            table.add_row("", "seed", "", "stands in: no cluster weighs enough")
         table.add_section()
     Console().print(table)
 

@@ -96,8 +96,12 @@ def _show(found: Calibration, *, stored: bool) -> None:
 
     console = Console()
     policies = list(dict.fromkeys(point.policy.name for point in found.grid))
-    value = {(p.top_k, p.temperature, p.policy.name): p for p in found.grid}
-    for k in sorted({point.top_k for point in found.grid}):
+    chosen, done = found.chosen, "stored" if stored else "would store"
+    plain = [point for point in found.grid if point.seed_below is None]
+    value = {(p.top_k, p.temperature, p.policy.name): p for p in plain}
+    # Tables are of what the seed has no part in.
+    shown = value.get((chosen.top_k, chosen.temperature, chosen.policy.name))
+    for k in sorted({point.top_k for point in plain}):
         title = "all experts" if k == found.experts else f"top-{k}"
         table = Table("Temperature", title=f"{title}: validation perplexity, by when experts are chosen")
         for name in policies:
@@ -107,12 +111,15 @@ def _show(found: Calibration, *, stored: bool) -> None:
             cells = [value[k, temperature, name] for name in policies]
             table.add_row(
                 "any" if k == 1 else f"{temperature:.4g}",
-                *(f"[bold]{p.perplexity:.3f}[/bold]" if p == found.chosen else f"{p.perplexity:.3f}" for p in cells),
+                *(f"[bold]{p.perplexity:.3f}[/bold]" if p == shown else f"{p.perplexity:.3f}" for p in cells),
             )
         console.print(table)
-    chosen, done = found.chosen, "stored" if stored else "would store"
+    seed = ""
+    if chosen.seed_below is not None:
+        seed = f", the seed where no cluster weighs {chosen.seed_below:g} ({chosen.seed_share:.0%} of the tokens)"
     console.print(
-        f"{found.run}: {done} top-{chosen.top_k}, temperature {chosen.temperature:.4g}, routed {chosen.policy.name}: "
-        f"perplexity {chosen.perplexity:.3f}, {chosen.arrivals:.0f} arrivals of experts in 1,000 tokens\n"
+        f"{found.run}: {done} top-{chosen.top_k}, temperature {chosen.temperature:.4g}, "
+        f"routed {chosen.policy.name}{seed}: perplexity {chosen.perplexity:.3f}, "
+        f"{chosen.arrivals:.0f} arrivals of experts in 1,000 tokens\n"
         f"Why: {found.reason}. {found.documents:,} validation documents, {found.tokens:,} tokens."
     )

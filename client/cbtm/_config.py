@@ -19,6 +19,7 @@ class CbtmConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]  # its __in
       `routing_weights`, one number for each expert.
     - `routing_interval`, `routing_settle_after`: with "prefix", route anew every so many tokens, and no more after so
       many; None never settles.
+    - `routing_seed_below`: where no cluster weighs as much, the seed model stands in; None never.
 
     They may be given to `from_pretrained`, like every field of a config.
     """
@@ -39,6 +40,7 @@ class CbtmConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]  # its __in
     routing_weights: list[float] | None = None
     routing_interval: int = 1
     routing_settle_after: int | None = None
+    routing_seed_below: float | None = None
 
     def to_diff_dict(self) -> dict[str, Any]:
         """Also where a field has its default: a folder says how it is mixed."""

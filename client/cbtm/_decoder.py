@@ -47,7 +47,7 @@ class MixtureDecoder:
 
     @property
     def weights(self) -> Float64:
-        """[B, K], for the next token of each row."""
+        """[B, W], for the next token of each row; W as `ContextRouter.columns`."""
         if self._weights is None:
             self._weights = self._router.weights([self._state(row) for row in range(len(self._ids))])
         return self._weights
@@ -73,7 +73,7 @@ class MixtureDecoder:
         states = [self._follow(row, new, min(keep, len(new))) for row, new in enumerate(tokens)]
         # All at once: routing costs about the same for one context as for many.
         weights_PK = self._router.weights([state for of_row in states for state in of_row])
-        weights_BMK = np.zeros((len(self._ids), keep, len(self._pool)))
+        weights_BMK = np.zeros((len(self._ids), keep, weights_PK.shape[1]))
         at = 0
         for row, of_row in enumerate(states):
             weights_BMK[row, keep - len(of_row) :] = weights_PK[at : at + len(of_row)]

@@ -194,15 +194,17 @@ class Ensemble:
         distance: Distance | Literal["squared", "quartic"] | None = None,
         interval: int | None = None,
         settle_after: int | Literal["never"] | None = None,
+        seed_below: float | Literal["never"] | None = None,
     ) -> Ensemble:
         """A view of the same experts (shared, not loaded again) with other routing; what is not given stays.
 
         `policy`: "prefix" routes anew at every token, "prompt" once on the prompt, "fixed" uses `weights` (by cluster
         id, or one for each expert). `distance` "quartic" is the authors' code, "squared" the paper. With "prefix",
-        weights may follow the context every `interval` tokens only, and stay as they are after `settle_after`.
+        weights may follow the context every `interval` tokens only, and stay as they are after `settle_after`. Where no
+        cluster weighs `seed_below`, the seed model stands in for the experts.
         """
         members = self._members
-        router = members.router.with_options(
+        router = members.routed(
             {
                 "top_k": top_k,
                 "temperature": temperature,
@@ -211,6 +213,7 @@ class Ensemble:
                 "distance": distance,
                 "interval": interval,
                 "settle_after": settle_after,
+                "seed_below": seed_below,
             }
         )
         asked = self._asked_top_k if top_k is None else top_k
@@ -284,7 +287,9 @@ class Ensemble:
         """The clusters that a text goes to, with the weights that its continuation would start from."""
         texts = [text] if isinstance(text, str) else list(text)
         routings = []
-        for one, weights in zip(texts, self.context_router.text_weights(texts) if texts else [], strict=True):
+        of_clusters = self.context_router.with_options({"seed_below": "never"}).text_weights(texts) if texts else ()
+        seed = self.context_router.text_weights(texts)[:, len(self.clusters) :].any(axis=1) if texts else ()
+        for one, weights, stands_in in zip(texts, of_clusters, seed, strict=True):
             order = sorted(np.flatnonzero(weights).tolist(), key=lambda i: (-weights[i], i))
             found = (
                 ClusterWeight(
@@ -295,7 +300,7 @@ class Ensemble:
                 )
                 for i in order
             )
-            routings.append(Routing(text=one, weights=tuple(found)))
+            routings.append(Routing(text=one, weights=tuple(found), seed_stands_in=bool(stands_in)))
         return routings[0] if isinstance(text, str) else routings
 
     @overload
@@ -347,7 +352,8 @@ class Ensemble:
             tokens=tokens,
             log_likelihood=total,
             texts=tuple(scores),
-            expert_share={c.id: float(s) for c, s in zip(self.clusters, share, strict=True)},
+            expert_share={c.id: float(s) for c, s in zip(self.clusters, share[: len(self.clusters)], strict=True)},
+            seed_share=float(share[len(self.clusters) :].sum()),
             missing_clusters=self.missing_clusters,
         )
 
@@ -413,7 +419,7 @@ class Ensemble:
         contexts = [codec.prompt(text, number=n, context=limit) for n, text in enumerate(prompts, start=1)]
         if not contexts:
             return []
-        router = self.context_router.with_options(routing) if routing else self.context_router
+        router = self.routed_as(routing)
         decoder = MixtureDecoder(self.pool, router, contexts)
         results = [
             Generation(
@@ -446,6 +452,10 @@ class Ensemble:
         batch = TokenBatch.of(ids_BT, None if attention_mask is None else torch.as_tensor(attention_mask))
         batch.check(self.pool)
         return batch_log_probs(self.pool, self.context_router, batch)
+
+    def routed_as(self, change: RoutingChange | None) -> ContextRouter:
+        """`context_router` with other options, for one call. Raises InvalidArgument."""
+        return self._members.routed(change) if change else self.context_router
 
     # Between text and tokens
 

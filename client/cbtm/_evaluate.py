@@ -24,6 +24,7 @@ from cbtm._catalog import Catalog
 from cbtm._ensemble import Ensemble
 from cbtm._held_out import HeldOutDocument, HeldOutSplit
 from cbtm._results import check_top_k, perplexity_of
+from cbtm._routing import no_cluster_near
 from cbtm._scored import Float64, Progress, ScoredDocuments, log_mixtures, score_documents
 from cbtm_common.errors import InvalidArgument
 from cbtm_common.routing import keep_top
@@ -66,7 +67,8 @@ class Evaluation:
     """`perplexity` over all documents by name: "seed", "dense", "expert" (each on its own cluster), "top1", …, "all".
 
     `bits_per_byte` likewise, over `bytes` of text. `expert_share` is each expert's mean weight at the ensemble's own
-    top k and temperature; `top1_share` the share of tokens for which it is the heaviest. `split` is of a run's held-out
+    top k and temperature; `top1_share` the share of tokens for which it is the heaviest; both are of the tokens that
+    the seed does not stand in for. `split` is of a run's held-out
     documents; None for documents that were given.
     """
 
@@ -78,6 +80,9 @@ class Evaluation:
     temperature: float
     interval: int
     settle_after: int | None
+    # Where no cluster weighs as much, the seed stands in: for this share of the tokens.
+    seed_below: float | None
+    seed_share: float
     bytes: int
     perplexity: Mapping[str, float]
     bits_per_byte: Mapping[str, float]
@@ -183,9 +188,10 @@ def evaluate_run(
 
 @dataclass(frozen=True, kw_only=True)
 class _Mixed:
-    """Log-probabilities of each mixture, by document; weights of the experts, summed over tokens."""
+    """Log-probabilities of each mixture, by document; sums over tokens: weights of the experts, and the seed's part."""
 
     values: dict[str, tuple[Float64, ...]]
+    seeded: int
     # At the model's own top k [K]; tokens for which it is the heaviest [K]; of each document, of all experts [D, K].
     share: Float64
     heaviest: Float64
@@ -193,8 +199,12 @@ class _Mixed:
 
 
 def _mix(scored: ScoredDocuments, model: Ensemble, ks: Sequence[int]) -> _Mixed:
-    router = model.with_routing(top_k="all").context_router
+    router = model.with_routing(top_k="all", seed_below="never").context_router
+    threshold, seed = model.routing.seed_below, scored.others.get("seed")
+    if threshold is not None and seed is None:
+        raise InvalidArgument("seed_below: the seed was not scored with the documents", field="seed_below")
     count = len(model.clusters)
+    seeded = 0
     column = {**{f"top{k}": k - 1 for k in ks}, "all": count - 1}
     values: dict[str, list[Float64]] = {name: [] for name in column}
     share_K, heaviest_K = np.zeros(count), np.zeros(count)
@@ -202,13 +212,19 @@ def _mix(scored: ScoredDocuments, model: Ensemble, ks: Sequence[int]) -> _Mixed:
     for n, sequence in enumerate(scored.sequences):
         weights_TK = router.positions(sequence.ids, sequence.first)
         mixed_TK = log_mixtures(weights_TK, scored.of_experts(n))
+        near_T = np.ones(len(weights_TK), dtype=bool)
+        if threshold is not None and seed is not None:
+            near_T = ~no_cluster_near(weights_TK, threshold)
+            mixed_TK = np.where(near_T[:, None], mixed_TK, seed[n][:, None])
+            seeded += np.count_nonzero(~near_T)
         for name, at in column.items():
             values[name].append(mixed_TK[:, at].copy())
-        share_K += keep_top(weights_TK, model.routing.top_k).sum(axis=0)
-        heaviest_K += np.bincount(weights_TK.argmax(axis=1), minlength=count)
+        share_K += keep_top(weights_TK[near_T], model.routing.top_k).sum(axis=0)
+        heaviest_K += np.bincount(weights_TK[near_T].argmax(axis=1), minlength=count)
         routed_DK[n] = weights_TK.sum(axis=0)
     return _Mixed(
         values={name: tuple(found) for name, found in values.items()},
+        seeded=seeded,
         share=share_K,
         heaviest=heaviest_K,
         routed=routed_DK,
@@ -246,7 +262,7 @@ def _tabulate(
     size = sum(len(model.decode(document.token_ids).encode()) for document in held_out)
 
     def by_cluster(weights_K: Float64) -> dict[str, float]:
-        total = float(weights_K.sum())
+        total = float(weights_K.sum()) or 1.0
         return {c.id: float(w) / total for c, w in zip(model.clusters, weights_K, strict=True)}
 
     clusters = tuple(
@@ -271,6 +287,8 @@ def _tabulate(
         temperature=model.routing.temperature,
         interval=model.routing.interval,
         settle_after=model.routing.settle_after,
+        seed_below=model.routing.seed_below,
+        seed_share=mixed.seeded / sum(tokens),
         bytes=size,
         perplexity=_perplexities(values, held_out),
         bits_per_byte={

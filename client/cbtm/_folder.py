@@ -91,6 +91,7 @@ def load_routing(path: Path) -> RoutingOptions | None:
             weights=None if weights is None else tuple(weights),
             interval=int(config.get("routing_interval", 1)),
             settle_after=config.get("routing_settle_after"),
+            seed_below=config.get("routing_seed_below"),
         )
     except (FileNotFoundError, KeyError):
         return None
@@ -167,6 +168,7 @@ def ensemble_config(parts: EnsembleParts, routing: RoutingOptions) -> dict[str, 
         "routing_distance": str(routing.distance),
         "routing_interval": routing.interval,
         "routing_settle_after": routing.settle_after,
+        "routing_seed_below": routing.seed_below,
         "routing_policy": str(routing.policy),
         "routing_weights": None if routing.weights is None else list(routing.weights),
     }

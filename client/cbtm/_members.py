@@ -7,7 +7,7 @@ from typing import Literal
 
 from cbtm._parts import ClusterInfo, EnsembleParts, ExpertChanges
 from cbtm._residency import ExpertPool, Residency
-from cbtm._routing import ContextRouter, Policy, RoutingOptions
+from cbtm._routing import ContextRouter, Policy, RoutingChange, RoutingOptions
 from cbtm._tokens import TextCodec
 from cbtm_common.errors import InvalidState
 
@@ -26,15 +26,25 @@ class Members:
         """Those whose expert is here: the K of every weight vector."""
         return self.parts.present
 
+    def routed(self, change: RoutingChange) -> ContextRouter:
+        """The router with other options. Raises InvalidArgument, also for a seed that cannot stand in."""
+        router = self.router.with_options(change)
+        if router.options.seed_below is not None and self.router.options.seed_below is None:
+            self.pool.check_seed()
+        return router
+
 
 def assemble(parts: EnsembleParts, residency: Residency, codec: TextCodec, routing: RoutingOptions) -> Members:
     """Raises InvalidState without an expert, InvalidArgument when what is given does not fit together."""
     if not parts.present:
         raise InvalidState(f"the ensemble of run {parts.run_name} holds no expert")
     ids = [cluster.id for cluster in parts.present]
-    pool = ExpertPool([parts.experts[cluster_id] for cluster_id in ids], residency, tokenizer=codec.digest)
+    experts = [parts.experts[cluster_id] for cluster_id in ids]
+    pool = ExpertPool(experts, residency, tokenizer=codec.digest, seed=parts.seed)
     codec.check(pool.vocabulary)
-    router = ContextRouter(parts.router.restrict(ids), codec.detokenizer, routing.check(len(ids)))
+    router = ContextRouter(parts.router.restrict(ids), codec.detokenizer, routing, seed=parts.seed is not None)
+    if routing.seed_below is not None:
+        pool.check_seed()
     return Members(parts=parts, pool=pool, router=router, codec=codec)
 
 
@@ -59,6 +69,7 @@ def _default_routing(parts: EnsembleParts) -> RoutingOptions:
         temperature=calibrated.temperature,
         interval=calibrated.interval,
         settle_after=calibrated.settle_after,
+        seed_below=calibrated.seed_below if parts.seed is not None else None,
     )
 
 

@@ -127,7 +127,8 @@ def merge(
             )
         else:
             report("averaging")
-            weights = model.context_router.text_weights(given).mean(axis=0).tolist() if given else None
+            of_experts = model.context_router.with_options({"seed_below": "never"})
+            weights = of_experts.text_weights(given).mean(axis=0).tolist() if given else None
             average(experts, building, weights=weights)
         for file in tokenizer_files(model.parts.tokenizer_dir):
             shutil.copyfile(file, building / file.name)

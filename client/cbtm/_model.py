@@ -31,7 +31,7 @@ from cbtm._hub import pull, push
 from cbtm._model_cache import MixtureCache
 from cbtm._parts import ExpertChanges
 from cbtm._pretrained import placement_options, take_config_options
-from cbtm._routing import ContextRouter, RoutingChange
+from cbtm._routing import RoutingChange
 from cbtm_common.errors import InvalidArgument
 
 if TYPE_CHECKING:
@@ -117,6 +117,7 @@ class CbtmForCausalLM(PreTrainedModel, GenerationMixin):
             distance=config.routing_distance,  # type: ignore[arg-type]
             interval=config.routing_interval,
             settle_after=config.routing_settle_after or "never",
+            seed_below=config.routing_seed_below or "never",
         )
         for name, value in ensemble_config(ensemble.parts, ensemble.routing).items():
             setattr(config, name, value)
@@ -198,14 +199,14 @@ class CbtmForCausalLM(PreTrainedModel, GenerationMixin):
         if use_cache and past_key_values is None:
             past_key_values = MixtureCache()
         if past_key_values is None:
-            ensemble, router = self.ensemble, self._router(routing)
+            ensemble, router = self.ensemble, self.ensemble.routed_as(routing)
             batch.check(ensemble.pool)
             columns_C = torch.arange(T)[-logits_to_keep:] if isinstance(logits_to_keep, int) else logits_to_keep.cpu()
             logits = batch_log_probs(ensemble.pool, router, batch, columns_C)
         else:
             if past_key_values.begins:
-                past_key_values.begin(self.ensemble.pool, self._router(routing), len(batch.rows))
-            elif routing is not None and self._router(routing).options != past_key_values.router.options:
+                past_key_values.begin(self.ensemble.pool, self.ensemble.routed_as(routing), len(batch.rows))
+            elif routing is not None and self.ensemble.routed_as(routing).options != past_key_values.router.options:
                 raise InvalidArgument("routing: past_key_values was made with another; begin anew", field="routing")
             batch.check(past_key_values.pool, past_key_values.lengths)
             if batch.mask is None and isinstance(logits_to_keep, int):
@@ -220,10 +221,6 @@ class CbtmForCausalLM(PreTrainedModel, GenerationMixin):
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels.to(logits.device), vocab_size=logits.shape[-1])
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
-
-    def _router(self, routing: RoutingChange | None) -> ContextRouter:
-        router = self.ensemble.context_router
-        return router if routing is None else router.with_options(routing)
 
     # What transformers asks of a model
 

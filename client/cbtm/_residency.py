@@ -188,11 +188,20 @@ class ExpertPool:
     """An ensemble's experts by their place 0..K-1; models are shared, in evaluation mode. Immutable but for `move`.
 
     Raises InvalidArgument when the experts' configs show that they do not fit together. `tokenizer` is the digest of
-    the ensemble's own, which an expert that brings one must match.
+    the ensemble's own, which an expert that brings one must match. `seed`, which may stand in for the experts, has
+    place K, and is not counted among them.
     """
 
-    def __init__(self, sources: Sequence[ExpertSource], residency: Residency, *, tokenizer: str | None = None) -> None:
+    def __init__(
+        self,
+        sources: Sequence[ExpertSource],
+        residency: Residency,
+        *,
+        tokenizer: str | None = None,
+        seed: ExpertSource | None = None,
+    ) -> None:
         self.sources = tuple(sources)
+        self._with_seed = (*sources, seed) if seed is not None else self.sources
         self.residency = residency
         self._tokenizer = tokenizer
         check_alike(sources)
@@ -223,7 +232,7 @@ class ExpertPool:
     @property
     def resident(self) -> tuple[int, ...]:
         """On a device that computes, least recently used first."""
-        place = {source: index for index, source in enumerate(self.sources)}
+        place = {source: index for index, source in enumerate(self._with_seed)}
         return tuple(place[source] for source in self.residency.resident if source in place)
 
     @property
@@ -243,7 +252,11 @@ class ExpertPool:
 
     def get(self, index: int) -> PreTrainedModel:
         """The model, loaded if it is not in memory. Raises IntegrityError, NotFound or InvalidArgument."""
-        return self.residency.get(self.sources[index], tokenizer=self._tokenizer)
+        return self.residency.get(self._with_seed[index], tokenizer=self._tokenizer)
+
+    def check_seed(self) -> None:
+        """Raises InvalidArgument when the seed's config shows that it does not fit the experts."""
+        check_alike((self.sources[0], *self._with_seed[len(self) :]))
 
     @property
     def dtype(self) -> torch.dtype:

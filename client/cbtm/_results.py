@@ -21,10 +21,13 @@ class ClusterWeight:
 
 @dataclass(frozen=True, kw_only=True)
 class Routing:
-    """Where a text goes: clusters with a weight above 0, heaviest first; weights sum to 1."""
+    """Where a text goes: clusters with a weight above 0, heaviest first; weights sum to 1. Where `seed_stands_in`,
+    none of them weighs `seed_below`, and the seed model speaks for all.
+    """
 
     text: str
     weights: tuple[ClusterWeight, ...]
+    seed_stands_in: bool = False
 
     @property
     def top(self) -> ClusterWeight:
@@ -58,8 +61,9 @@ class PerplexityResult:
     tokens: int
     log_likelihood: float
     texts: tuple[Score, ...]
-    # Mean weight of each cluster's expert over the scored tokens.
+    # Mean weight of each cluster's expert over the scored tokens, and of the seed that stood in for them.
     expert_share: Mapping[str, float]
+    seed_share: float = 0.0
     # Clusters of the run that have no expert yet: their weight went to the others.
     missing_clusters: tuple[str, ...] = ()
 

@@ -9,6 +9,9 @@ term has the clusters' prior. Policies:
 
 Under `prefix` weights may change less often, as serving likes it: every `interval` tokens once there are so many, and
 no more after `settle_after` tokens.
+
+Where no cluster weighs `seed_below`, the seed model may stand in for the experts: a wrong expert costs more than the
+right one gives. Weights then have one more column, the last, for the seed: 1 there and 0 elsewhere, or the reverse.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any, Literal, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +32,7 @@ if TYPE_CHECKING:
     from typing import Self
 
 Float64 = npt.NDArray[np.float64]
+N = TypeVar("N", int, float)
 
 
 class Policy(StrEnum):
@@ -43,7 +47,8 @@ class RoutingOptions:
 
     `top_k` None mixes all experts; `temperature` is Eq. 2's T; `distance` is the paper's ‖·‖² or the authors' code's
     ‖·‖⁴, for which T means something else. `weights` (one for each expert, any scale) goes with policy `fixed` alone.
-    `interval` and `settle_after` count tokens of the context, from its beginning.
+    `interval` and `settle_after` count tokens of the context, from its beginning. `seed_below` is compared with the
+    heaviest weight of all clusters, before the top k are kept; None never lets the seed stand in.
     """
 
     top_k: int | None = None
@@ -53,9 +58,12 @@ class RoutingOptions:
     weights: tuple[float, ...] | None = None
     interval: int = 1
     settle_after: int | None = None
+    seed_below: float | None = None
 
-    def check(self, experts: int) -> Self:
-        """Itself, if it fits an ensemble of so many experts. Raises InvalidArgument, naming the field."""
+    def check(self, experts: int, *, seed: bool = False) -> Self:
+        """Itself, if it fits an ensemble of so many experts, with a `seed` model or without. Raises InvalidArgument,
+        naming the field.
+        """
         if self.top_k is not None and not 1 <= self.top_k <= experts:
             raise InvalidArgument(
                 f"top_k: {self.top_k} is not between 1 and {experts}, the number of experts", field="top_k"
@@ -65,6 +73,10 @@ class RoutingOptions:
         for name, value in (("interval", self.interval), ("settle_after", self.settle_after)):
             if value is not None and value < 1:
                 raise InvalidArgument(f"{name}: {value} is not at least 1", field=name)
+        if self.seed_below is not None and not 0 < self.seed_below <= 1:
+            raise InvalidArgument(f"seed_below: {self.seed_below} is not above 0 and at most 1", field="seed_below")
+        if self.seed_below is not None and not seed:
+            raise InvalidArgument("seed_below: this ensemble has no seed model", field="seed_below")
         if (self.policy is Policy.FIXED) != (self.weights is not None):
             raise InvalidArgument("weights: they go with policy 'fixed', and it needs them", field="weights")
         if self.weights is not None:
@@ -85,8 +97,8 @@ class RoutingOptions:
 class RoutingChange(TypedDict, total=False):
     """Routing of one call, or of a view; what is left out or None stays as it is.
 
-    `top_k` "all" mixes every expert; `settle_after` "never" follows the context to its end; `weights` are by cluster
-    id, or one for each expert, and mean policy "fixed".
+    `top_k` "all" mixes every expert; `settle_after` "never" follows the context to its end; `seed_below` "never" leaves
+    the seed out; `weights` are by cluster id, or one for each expert, and mean policy "fixed".
     """
 
     top_k: int | Literal["all"] | None
@@ -96,6 +108,7 @@ class RoutingChange(TypedDict, total=False):
     distance: Distance | Literal["squared", "quartic"] | None
     interval: int | None
     settle_after: int | Literal["never"] | None
+    seed_below: float | Literal["never"] | None
 
 
 @dataclass(frozen=True)
@@ -107,17 +120,28 @@ class ContextState:
     # The context that weights are of, and how many tokens there are by now.
     routed: RunningState
     length: int
-    # Weights that no longer change, [K]: of policies `prompt` and `fixed`.
+    # Weights that no longer change, [W]: of policies `prompt` and `fixed`.
     settled: Float64 | None = None
 
 
 class ContextRouter:
-    """From token ids to weights [K]; one object for scoring and generation."""
+    """From token ids to weights [W] over what `columns` says; one object for scoring and generation.
 
-    def __init__(self, router: Router, detokenizer: Detokenizer, options: RoutingOptions) -> None:
+    `seed`: whether there is a seed model that could stand in.
+    """
+
+    def __init__(
+        self, router: Router, detokenizer: Detokenizer, options: RoutingOptions, *, seed: bool = False
+    ) -> None:
         self.router = router
         self.detokenizer = detokenizer
-        self.options = options
+        self.options = options.check(len(router.cluster_ids), seed=seed)
+        self._seed = seed
+
+    @property
+    def columns(self) -> int:
+        """W: the K experts, and the seed after them where it may stand in."""
+        return len(self.router.cluster_ids) + (self.options.seed_below is not None)
 
     def with_options(self, change: RoutingChange) -> ContextRouter:
         """The same router with other options; what `change` leaves out stays. Raises InvalidArgument."""
@@ -133,6 +157,7 @@ class ContextRouter:
         else:
             policy = Policy.FIXED if weights is not None else old.policy
         interval, settle_after = change.get("interval"), change.get("settle_after")
+        seed_below = change.get("seed_below")
         given = None if weights is None else fixed_weights(weights, ids)
         options = RoutingOptions(
             top_k=old.top_k if top_k is None else None if top_k == "all" else top_k,
@@ -141,25 +166,19 @@ class ContextRouter:
             policy=policy,
             weights=given if given is not None or policy is not Policy.FIXED else old.weights,
             interval=old.interval if interval is None else interval,
-            settle_after=old.settle_after
-            if settle_after is None
-            else None
-            if settle_after == "never"
-            else settle_after,
+            settle_after=_or_never(settle_after, old.settle_after),
+            seed_below=_or_never(seed_below, old.seed_below),
         )
-        return ContextRouter(self.router, self.detokenizer, options.check(len(ids)))
+        return ContextRouter(self.router, self.detokenizer, options, seed=self._seed)
 
     def text_weights(self, texts: Sequence[str]) -> Float64:
-        """[N, K]: weights of whole texts."""
+        """[N, W]: weights of whole texts."""
         if self.options.weights is not None:
             return np.repeat(self._fixed()[None], len(texts), axis=0)
-        options = self.options
-        return _unit(
-            self.router.weights(texts, top_k=options.top_k, temperature=options.temperature, distance=options.distance)
-        )
+        return self._kept(self.router.weights(texts, **self._asked()))
 
     def positions(self, ids: Sequence[int], first: int) -> Float64:
-        """[len(ids) - first, K]: row i is for predicting `ids[first + i]` from the ids before it.
+        """[len(ids) - first, W]: row i is for predicting `ids[first + i]` from the ids before it.
 
         For policy `prompt` the prompt is `ids[:first]`.
         """
@@ -172,11 +191,7 @@ class ContextRouter:
         # Where weights stay for a while they are computed once.
         distinct, place = np.unique(lengths, return_inverse=True)
         wanted = [ends[length] for length in distinct.tolist()]
-        weights = _unit(
-            self.router.prefix_weights(
-                text, wanted, top_k=options.top_k, temperature=options.temperature, distance=options.distance
-            )
-        )
+        weights = self._kept(self.router.prefix_weights(text, wanted, **self._asked()))
         return np.repeat(weights, count, axis=0) if options.policy is Policy.PROMPT else weights[place]
 
     def start(self, ids: Sequence[int]) -> ContextState:
@@ -206,24 +221,47 @@ class ContextRouter:
         return ContextState(text, running, running if self.options.routed(length) == length else state.routed, length)
 
     def weights(self, states: Sequence[ContextState]) -> Float64:
-        """[N, K]: for the token that comes next in each context."""
+        """[N, W]: for the token that comes next in each context."""
         settled = [state.settled for state in states if state.settled is not None]
         if len(settled) == len(states):
             return np.stack(settled)
+        return self._kept(self.router.running_weights([state.routed for state in states], **self._asked()))
+
+    def _asked(self) -> _Asked:
+        """Of the router. Whether the seed stands in is seen by the weights of all clusters."""
         options = self.options
-        return _unit(
-            self.router.running_weights(
-                [state.routed for state in states],
-                top_k=options.top_k,
-                temperature=options.temperature,
-                distance=options.distance,
-            )
-        )
+        return {
+            "top_k": options.top_k if options.seed_below is None else None,
+            "temperature": options.temperature,
+            "distance": options.distance,
+        }
+
+    def _kept(self, weights_NK: Float64) -> Float64:
+        """[N, W], of what the router gave when asked so."""
+        threshold = self.options.seed_below
+        if threshold is None:
+            return _unit(weights_NK)
+        far_N = no_cluster_near(weights_NK, threshold)
+        kept_NK = _unit(keep_top(weights_NK, self.options.top_k))
+        kept_NK[far_N] = 0
+        return np.concatenate([kept_NK, far_N[:, None]], axis=1)
 
     def _fixed(self) -> Float64:
         weights = np.asarray(self.options.weights, dtype=np.float64)
         kept: Float64 = keep_top((weights / weights.sum())[None], self.options.top_k)[0]
-        return kept
+        return np.append(kept, np.zeros(self.columns - len(kept)))
+
+
+class _Asked(TypedDict):
+    top_k: int | None
+    temperature: float
+    distance: Distance
+
+
+def no_cluster_near(weights_NK: Float64, threshold: float) -> npt.NDArray[np.bool_]:
+    """[N]: where the seed stands in, as the heaviest of all clusters weighs less than `threshold`."""
+    far: npt.NDArray[np.bool_] = weights_NK.max(axis=1) < threshold
+    return far
 
 
 def fixed_weights(given: Mapping[str, float] | Sequence[float], cluster_ids: Sequence[str]) -> tuple[float, ...]:
@@ -234,6 +272,12 @@ def fixed_weights(given: Mapping[str, float] | Sequence[float], cluster_ids: Seq
     if unknown:
         raise InvalidArgument(f"weights: there is no cluster {unknown[0]!r} in this ensemble", field="weights")
     return tuple(float(given.get(cluster_id, 0.0)) for cluster_id in cluster_ids)
+
+
+def _or_never(asked: N | Literal["never"] | None, old: N | None) -> N | None:
+    if asked is None:
+        return old
+    return None if asked == "never" else asked
 
 
 def _enum(kind: Any, value: str, field: str) -> Any:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from cbtm._results import check_top_k, perplexity_of
-from cbtm._routing import ContextRouter, Policy, RoutingOptions
+from cbtm._routing import ContextRouter, Policy, RoutingOptions, no_cluster_near
 from cbtm._scored import Float64, Progress, ScoredDocuments, log_mixtures
 from cbtm_common.errors import InvalidArgument
 
@@ -89,6 +89,7 @@ def routing_grid(
                 "policy": Policy.PREFIX,
                 "interval": 1,
                 "settle_after": "never",
+                "seed_below": "never",
             }
         )
         sums = [_Sums(top_k, seed_below) for _ in policies]
@@ -129,9 +130,8 @@ class _Sums:
             kept_TK = place_TK < k
             self._arrivals[i] += k + np.count_nonzero(kept_TK[1:] & ~kept_TK[:-1])
         if seed_T is not None:
-            heaviest_T = weights_TK.max(axis=1)
             for i, threshold in enumerate(self._seed_below):
-                far_T = heaviest_T < threshold
+                far_T = no_cluster_near(weights_TK, threshold)
                 self._log_probs[1 + i] += np.where(far_T[:, None], seed_T[:, None], mixed).sum(axis=0)
                 self._seeded[i] += np.count_nonzero(far_T)
 

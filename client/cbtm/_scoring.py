@@ -89,12 +89,12 @@ def mixture_scores(
     stride: int,
     progress: Callable[[int], None] | None = None,
 ) -> tuple[list[Float64], Float64]:
-    """(log-probability of each scored token, by sequence; share of each expert over all of them [K]).
+    """(log-probability of each scored token, by sequence; share of each of the router's columns over all of them [W]).
 
     `progress` is told of tokens read, each time a batch is done.
     """
     jobs: dict[int, list[_Job]] = {}
-    share = np.zeros(len(pool))
+    share = np.zeros(router.columns)
     for number, sequence in enumerate(sequences):
         if sequence.scored == 0:
             continue

@@ -22,7 +22,7 @@ class RunRouting(BaseModel):
     """The choice, and what it was chosen by. Fields of a newer version are passed over.
 
     `interval` and `settle_after` count tokens of the context: weights follow it every `interval` tokens, and stay as
-    they are after `settle_after`.
+    they are after `settle_after`. Where no cluster weighs `seed_below`, the seed model stands in for the experts.
     """
 
     model_config = ConfigDict(frozen=True, allow_inf_nan=False)
@@ -31,6 +31,7 @@ class RunRouting(BaseModel):
     top_k: int = Field(ge=1)
     interval: int = Field(default=1, ge=1)
     settle_after: int | None = Field(default=None, ge=1)
+    seed_below: float | None = Field(default=None, gt=0, le=1)
     # `clustering_digest` of the run's files.
     clustering: str = Field(pattern=r"[0-9a-f]{64}")
     # Of the validation documents that it was chosen by.

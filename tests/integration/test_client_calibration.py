@@ -46,6 +46,7 @@ def test_a_point_of_the_grid_is_the_perplexity_of_an_ensemble_that_is_routed_so(
     assert len({(p.temperature, p.top_k, p.policy) for p in grid}) == len(grid) == 2 * 3 * 4
     for point in grid:
         view = model.with_routing(
+            seed_below="never",
             top_k=point.top_k,
             temperature=point.temperature,
             interval=point.policy.interval,
@@ -64,7 +65,7 @@ def test_a_point_of_the_grid_is_the_perplexity_of_an_ensemble_that_is_routed_so(
 
 
 def test_the_seed_stands_in_where_no_cluster_weighs_enough(model: Any, texts: list[str], scored: Any) -> None:
-    from cbtm import InvalidArgument, RoutingPolicy, routing_grid
+    from cbtm import InvalidArgument, RoutingPolicy, evaluate, routing_grid
 
     each = RoutingPolicy(name="each token")
     never, some, always = routing_grid(
@@ -84,9 +85,19 @@ def test_the_seed_stands_in_where_no_cluster_weighs_enough(model: Any, texts: li
             far += weight < 0.45
     assert some.perplexity == pytest.approx(math.exp(-total / scored.tokens), rel=1e-5)
     assert some.seed_share == pytest.approx(far / scored.tokens)
+    seeded = view.with_routing(seed_below=0.45)
+    found = seeded.perplexity(texts)
+    assert found.perplexity == pytest.approx(some.perplexity, rel=1e-5)
+    assert found.seed_share == pytest.approx(some.seed_share)
+    assert sum(found.expert_share.values()) == pytest.approx(1 - some.seed_share)
+    evaluated = evaluate(seeded, scored)
+    assert evaluated.perplexity["top2"] == pytest.approx(some.perplexity, rel=1e-5)
+    assert (evaluated.seed_below, evaluated.seed_share) == (0.45, pytest.approx(some.seed_share))
     unseeded = replace(scored, others={})
     with pytest.raises(InvalidArgument, match="no seed"):
         routing_grid(unseeded, model.context_router, top_k=[1], temperatures=[1.0], seed_below=[0.5])
+    with pytest.raises(InvalidArgument, match="seed_below: the seed was not scored"):
+        evaluate(seeded, unseeded)
 
 
 def test_documents_scored_once_serve_evaluations_with_any_routing(model: Any, texts: list[str], scored: Any) -> None:
@@ -132,13 +143,22 @@ def test_what_a_run_was_calibrated_to_is_its_ensembles_default_and_is_saved_with
     from cbtm_common.run_routing import RunRouting
 
     calibrated = RunRouting(
-        temperature=0.7, top_k=3, interval=16, settle_after=32, clustering="0" * 64, documents=1, tokens=1, perplexity=2
+        temperature=0.7,
+        top_k=3,
+        interval=16,
+        settle_after=32,
+        seed_below=0.4,
+        clustering="0" * 64,
+        documents=1,
+        tokens=1,
+        perplexity=2,
     )
     parts = replace(make_parts(tmp_path, experts=4, top_k=2), calibrated=calibrated)
     routing = build(parts).routing
     assert (routing.top_k, routing.temperature, routing.interval, routing.settle_after) == (3, 0.7, 16, 32)
     told = build(parts, top_k=1, temperature=0.2).routing
     assert (told.top_k, told.temperature, told.interval, told.settle_after) == (1, 0.2, 16, 32)
+    assert routing.seed_below == told.seed_below == 0.4
     build(parts).save(tmp_path / "saved")
     with Ensemble.load(tmp_path / "saved") as loaded:
         assert loaded.routing == routing

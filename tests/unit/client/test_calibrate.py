@@ -49,9 +49,33 @@ def test_a_best_temperature_at_the_end_of_the_grid_is_told() -> None:
     assert "look beyond" not in choose(grid_of({**values, (2, _EACH, 4.0): 9.0}), top_k=2)[1]
 
 
-def test_points_with_the_seed_are_for_measuring_only() -> None:
-    grid = grid_of({(2, _EACH, 1.0): 10.0})
+@pytest.mark.parametrize("top_k", [1, 2])
+@pytest.mark.parametrize(("better", "threshold"), [(9.985, 0.5), (9.991, None), (10.5, None)])
+def test_the_seed_stands_in_where_that_is_better_by_more_than_a_thousandth(
+    top_k: int, better: float, threshold: float | None
+) -> None:
+    grid = grid_of({(k, _EACH, t): 10.0 + abs(t - 2) for k in {top_k, 2} for t in (1.0, 2.0, 3.0)})
+    # Thresholds are of weights, and so of one temperature: what the seed gives at another is not looked at.
+    seeded = [
+        GridPoint(
+            temperature=t,
+            top_k=top_k,
+            policy=POLICIES[3],
+            perplexity=value,
+            arrivals=0,
+            seed_below=below,
+            seed_share=0.5,
+        )
+        for t, below, value in [(2.0, 0.5, better), (2.0, 0.7, better + 1), (1.0, 0.5, 1.0)]
+    ]
+    chosen, reason = choose([*seeded, *grid], top_k=top_k)
+    assert (chosen.temperature, chosen.seed_below) == (2.0, threshold)
+    assert ("it is 10.000 where the seed never stands in" in reason) == (threshold is not None)
+
+
+def test_a_cheap_policy_that_the_seed_makes_as_good_is_chosen() -> None:
+    grid = grid_of({(2, _EACH, 1.0): 10.0, (2, _ONCE_16, 1.0): 12.0})
     seeded = GridPoint(
-        temperature=1.0, top_k=2, policy=POLICIES[3], perplexity=1.0, arrivals=0, seed_below=0.5, seed_share=0.5
+        temperature=1.0, top_k=2, policy=POLICIES[0], perplexity=10.005, arrivals=0, seed_below=0.5, seed_share=0.5
     )
-    assert choose([seeded, *grid], top_k=2)[0] is grid[0]
+    assert choose([*grid, seeded], top_k=2)[0] is seeded

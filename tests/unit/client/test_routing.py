@@ -24,6 +24,10 @@ def router_of(**options: object) -> ContextRouter:
     return ContextRouter(random_router(IDS), Letters(), RoutingOptions(**options))  # type: ignore[arg-type]
 
 
+def seeded(**options: object) -> ContextRouter:
+    return ContextRouter(random_router(IDS), Letters(), RoutingOptions(**options), seed=True)  # type: ignore[arg-type]
+
+
 def tokens(text: str) -> list[int]:
     return [0, *map(ord, text)]
 
@@ -73,6 +77,47 @@ def test_weights_that_change_less_often_are_those_of_an_earlier_prefix(interval:
                 state = router.push(state, ids[length])
 
 
+@pytest.mark.parametrize("top_k", [1, 2, None])
+def test_the_seed_has_all_the_weight_where_no_cluster_has_enough(top_k: int | None) -> None:
+    router, plain = seeded(top_k=top_k, seed_below=0.9), router_of(top_k=top_k)
+    assert (router.columns, plain.columns) == (5, 4)
+    stood_in = []
+    for text in TEXTS:
+        ids = tokens(text)
+        found, expected = router.positions(ids, 1), plain.positions(ids, 1)
+        all_of_it = router_of(top_k=None).positions(ids, 1)
+        state = router.start(ids[:1])
+        for t in range(len(text)):
+            far = all_of_it[t].max() < 0.9
+            stood_in.append(far)
+            wanted = [0.0] * 4 + [1.0] if far else [*expected[t], 0.0]
+            np.testing.assert_allclose(found[t], wanted, atol=1e-9)
+            np.testing.assert_allclose(router.weights([state])[0], wanted, atol=1e-9)
+            state = router.push(state, ids[t + 1])
+        np.testing.assert_allclose(router.text_weights([text])[0], router.weights([state])[0], atol=1e-9)
+    assert 0 < sum(stood_in) < len(stood_in)
+
+
+def test_the_seed_stands_in_for_a_prompt_as_a_whole_and_never_for_fixed_weights() -> None:
+    router = seeded(policy=Policy.PROMPT, top_k=1, seed_below=0.9)
+    unknown = tokens("xyzzy river")
+    assert router.positions(unknown, 7)[:, 4].tolist() == [1.0] * 5
+    state = router.start(unknown[:7])
+    for token in unknown[7:]:
+        state = router.push(state, token)
+    assert router.weights([state]).tolist() == [[0, 0, 0, 0, 1]]
+    fixed = router.with_options({"weights": [1, 1, 2, 0]})
+    assert fixed.text_weights(["xyzzy"]).tolist() == [[0, 0, 1, 0, 0]]
+    assert fixed.weights([fixed.start(unknown)]).tolist() == [[0, 0, 1, 0, 0]]
+
+
+def test_the_seed_is_left_out_by_name_and_asked_for_only_where_there_is_one() -> None:
+    assert seeded(seed_below=0.5).with_options({"seed_below": "never"}).columns == 4
+    assert seeded(seed_below=0.5).with_options({"top_k": 1}).options.seed_below == 0.5
+    with pytest.raises(InvalidArgument, match="seed_below: this ensemble has no seed model"):
+        router_of().with_options({"seed_below": 0.5})
+
+
 def test_settling_is_undone_by_name() -> None:
     router = router_of(settle_after=2).with_options({"interval": 8})
     assert (router.options.interval, router.options.settle_after) == (8, 2)
@@ -115,6 +160,8 @@ def test_fixed_weights_are_scaled_cut_to_the_top_k_and_bound_by_id() -> None:
         ({"temperature": 0.0}, "temperature"),
         ({"interval": 0}, "interval"),
         ({"settle_after": 0}, "settle_after"),
+        ({"seed_below": 0}, "seed_below"),
+        ({"seed_below": 1.5}, "seed_below"),
         ({"policy": Policy.FIXED}, "weights"),
         ({"weights": (1.0, 0.0, 0.0, 0.0)}, "weights"),
         ({"policy": Policy.FIXED, "weights": (1.0, 2.0)}, "weights"),
