@@ -240,10 +240,10 @@ def _show(found: Evaluation) -> None:
     split = f" of split {found.split}" if found.split else ""
     often = "" if found.interval == 1 else f", anew every {found.interval} tokens"
     settled = "" if found.settle_after is None else f", settled after {found.settle_after}"
-    seed = "" if found.seed_below is None else f", the seed for {found.seed_share:.0%} of the tokens"
+    stands_in = "" if found.seed_below is None else f", the seed for {found.seed_share:.0%} of the tokens"
     console.print(
         f"{found.documents:,} documents{split}, {found.tokens:,} tokens; windows of {found.window} by {found.stride}; "
-        f"routing temperature {found.temperature:g}{often}{settled}{seed}"
+        f"routing temperature {found.temperature:g}{often}{settled}{stands_in}"
     )
     if found.missing_clusters:
         console.print(f"{len(found.missing_clusters)} clusters have no expert yet; the others take their weight")

@@ -286,9 +286,11 @@ class Ensemble:
     def route(self, text: Texts) -> Routing | list[Routing]:
         """The clusters that a text goes to, with the weights that its continuation would start from."""
         texts = [text] if isinstance(text, str) else list(text)
-        routings = []
-        of_clusters = self.context_router.with_options({"seed_below": "never"}).text_weights(texts) if texts else ()
-        seed = self.context_router.text_weights(texts)[:, len(self.clusters) :].any(axis=1) if texts else ()
+        routings: list[Routing] = []
+        if not texts:
+            return routings
+        of_clusters = self.context_router.with_options({"seed_below": "never"}).text_weights(texts)
+        seed = (self.context_router.text_weights(texts)[:, len(self.clusters) :].sum(axis=1) > 0).tolist()
         for one, weights, stands_in in zip(texts, of_clusters, seed, strict=True):
             order = sorted(np.flatnonzero(weights).tolist(), key=lambda i: (-weights[i], i))
             found = (
@@ -300,7 +302,7 @@ class Ensemble:
                 )
                 for i in order
             )
-            routings.append(Routing(text=one, weights=tuple(found), seed_stands_in=bool(stands_in)))
+            routings.append(Routing(text=one, weights=tuple(found), seed_stands_in=stands_in))
         return routings[0] if isinstance(text, str) else routings
 
     @overload

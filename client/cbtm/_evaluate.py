@@ -216,7 +216,7 @@ def _mix(scored: ScoredDocuments, model: Ensemble, ks: Sequence[int]) -> _Mixed:
         if threshold is not None and seed is not None:
             near_T = ~no_cluster_near(weights_TK, threshold)
             mixed_TK = np.where(near_T[:, None], mixed_TK, seed[n][:, None])
-            seeded += np.count_nonzero(~near_T)
+            seeded += int(np.count_nonzero(~near_T))
         for name, at in column.items():
             values[name].append(mixed_TK[:, at].copy())
         share_K += keep_top(weights_TK[near_T], model.routing.top_k).sum(axis=0)

@@ -41,7 +41,7 @@ def made(here: Site, name: str, engine: str) -> dict[str, bytes]:
     options = ["--name", name, "--clusters", "2", "--corpus", str(here.folder / "corpus"), "--engine", engine]
     options += ["--recipe", str(here.folder / "recipe.toml"), "--from-scratch", str(here.folder / "model.json")]
     create = here.coord("run", "create", "--data-dir", str(here.data), *options)
-    assert create.wait(180) == 0, create.output
+    assert create.wait(280) == 0, create.output
     catalog, objects = here.connection.catalog, here.data / "objects" / "objects"
     run = catalog.GetRun(cs.GetRunRequest(run=name)).run
     shards = catalog.ListShards(cs.ListShardsRequest(run=name)).shards
@@ -128,7 +128,7 @@ if __name__ == "__main__":
 def test_answers_come_in_order_and_what_is_raised_is_raised_here(tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
-    done = subprocess.run([sys.executable, str(program)], capture_output=True, text=True, timeout=180, check=False)
+    done = subprocess.run([sys.executable, str(program)], capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [
         str([n * n for n in range(15)]),

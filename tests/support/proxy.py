@@ -71,13 +71,8 @@ class FaultProxy:
         self._ready.set()
         self._loop.run_forever()
         server.close()
-        # A task that is cancelled before its first step would close nothing.
-        self._loop.run_until_complete(asyncio.sleep(0))
-        tasks = asyncio.all_tasks(self._loop)
-        for task in tasks:
-            task.cancel()
         # Until every connection is closed: what is left open would be reported as a leak of the test.
-        self._loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+        self._loop.run_until_complete(_wind_down())
         self._loop.run_until_complete(server.wait_closed())
         self._loop.close()
 
@@ -167,6 +162,20 @@ class FaultProxy:
             else:
                 sink.write(chunk)
                 await sink.drain()
+
+
+async def _wind_down() -> None:
+    """Ends all tasks of the loop, and those that come of connections just taken."""
+    while True:
+        # A connection has its task some steps after it was taken; one cancelled before its first step closes nothing.
+        for _ in range(8):
+            await asyncio.sleep(0)
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        if not tasks:
+            return
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def _close(writer: asyncio.StreamWriter) -> None:

@@ -51,15 +51,17 @@ def open_ray() -> Iterator[RayEngine]:
 
 
 def _start(ray: Any) -> None:
-    """Joins a cluster, or starts one. Ray gives its own processes 30 s, which a busy machine's first start can exceed;
-    the next finds their files in memory."""
+    """Joins a cluster, or starts one. Ray gives some of its own processes 30 s, which a busy machine's first start can
+    exceed: hundreds of megabytes are read from disk. The next finds them in memory."""
+    os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "120")
     for last in (False, True):
         try:
             ray.init(log_to_driver=False, logging_level=logging.ERROR)
             return
         except Exception as error:
             ray.shutdown()
-            if last or type(error) is not Exception:
+            # There is no cluster where one was said to be.
+            if last or isinstance(error, ConnectionError):
                 raise Unavailable(f"engine: no Ray cluster can be used: {error}") from error
 
 
