@@ -3,7 +3,7 @@
     python -m bench.training [--quick] [--repetitions N]
 
 The worker's side is all of it: `cbtm-worker`'s own loop takes a task from a real coordinator, fetches its files,
-trains, renews its lease each second, and writes, sends and commits checkpoints in the background, two in a spell of
+trains, renews its lease each second, and writes, sends and commits checkpoints in the background, one in a spell of
 40 s, where a real run has one in ten minutes. Rated is what lies between its first tenth of steps and its last step.
 The rivals (`bench.rivals`) train the same shape on the same tokens with none of that: transformers' own model, and a
 nanoGPT-style one. Spells alternate in one process, and the worker's is compared with those before and after it.
@@ -159,7 +159,7 @@ def measure(
         global_batch=shape.global_batch,
         steps=steps,
         lease=LeaseRecipe(
-            lease_seconds=60, renew_seconds=1, checkpoint_seconds=0.4 * seconds, max_checkpoint_seconds=0.4 * seconds
+            lease_seconds=60, renew_seconds=1, checkpoint_seconds=0.6 * seconds, max_checkpoint_seconds=0.6 * seconds
         ),
     )
     admin_token = (coordinator.data_dir / "admin.token").read_text("utf-8").strip()
