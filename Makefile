@@ -9,7 +9,7 @@ CORPUS ?= corpus-out
 # Without their caches the tests spend a third of their time on compiling themselves.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup demo reproduce chaos fuzz test unit check format protos clean
+.PHONY: setup demo reproduce chaos undefended fuzz test unit check format protos clean
 .NOTPARALLEL:
 
 setup: .venv/.setup-stamp
@@ -31,6 +31,9 @@ $(CORPUS)/manifest.json: | setup
 
 chaos: setup
 	$(PY) -m tests.chaos --seconds $(SECONDS) $(if $(SEED),--seed $(SEED))
+
+undefended: setup
+	$(PY) -m tests.undefended
 
 fuzz: setup
 	$(PY) -m tests.fuzz --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))

@@ -1,0 +1,1 @@
+"""Takes each defence out once, and sees a test of the adversary's fail: `python -m tests.undefended`."""
