@@ -104,6 +104,10 @@ ATTACKS: dict[str, tuple[str, Tamper]] = {
     "another shape": ("tensors", tensors(weight=np.ones(25, np.float32))),
     "one tensor more": ("tensors", tensors(extra=np.ones(1, np.float32))),
     "one tensor less": ("tensors", weights(built({}, b""))),
+    "one tensor less, and a header of its bytes": (
+        "tensors",
+        weights(built({"__metadata__": {"in its place": "x" * 200}}, b"")),
+    ),
     "weights blown up": ("norm", tensors(weight=np.full((5, 5), 5, np.float32))),
     "weights zeroed": ("norm", tensors(weight=np.zeros((5, 5), np.float32))),
     "weights of 1e38": ("norm", tensors(weight=np.full((5, 5), 1e38, np.float32))),

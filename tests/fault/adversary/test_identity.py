@@ -204,6 +204,18 @@ def test_what_a_worker_signed_is_good_once(coordinator: RunningCoordinator) -> N
                 _ask_for_credential(connection, key, worker_id, forged)
 
 
+@pytest.mark.parametrize("hours", [-1, 1])
+def test_what_was_signed_for_another_time_is_refused(coordinator: RunningCoordinator, hours: int) -> None:
+    with coordinator.connect(coordinator.token("join")) as connection:
+        key = new_key()
+        worker_id = connection.worker.Register(register_request(key, name=f"late{hours}")).worker.id
+        then = datetime.now(UTC) + timedelta(hours=hours)
+        # Nobody has used it yet.
+        signed = signed_authorization(key, worker_id, int(1e6 * then.timestamp()))
+        with pytest.raises(Unauthenticated, match="not of now"):
+            _ask_for_credential(connection, key, worker_id, signed)
+
+
 def test_a_machine_whose_clock_is_wrong_is_told_and_signs_again(
     coordinator: RunningCoordinator, worker: RawWorker
 ) -> None:
