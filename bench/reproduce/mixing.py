@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from bench.reproduce.scores import Documents, RunScores
 from cbtm import _routing_grid
-from cbtm._routing import ContextRouter, RoutingOptions
+from cbtm._routing import ContextRouter, RoutingOptions, no_cluster_near
 from cbtm._routing_grid import RoutingPolicy, routed_rows
 from cbtm._scored import Float64, log_mixtures
 
@@ -108,7 +108,7 @@ def with_seed(scores: RunScores, weights: Float64, documents: Documents) -> dict
         at = followed(weights, documents, policy)
         top = log_mixtures(at, scores.experts.T)[:, 0]
         tried = [
-            (threshold, perplexity(np.where(at.max(axis=1) < threshold, scores.seed, top), documents))
+            (threshold, perplexity(np.where(no_cluster_near(at, threshold), scores.seed, top), documents))
             for threshold in (0.0, *_THRESHOLDS)
         ]
         found[name] = min(tried, key=lambda pair: pair[1].validation)

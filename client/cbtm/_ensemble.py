@@ -289,9 +289,13 @@ class Ensemble:
         routings: list[Routing] = []
         if not texts:
             return routings
-        of_clusters = self.context_router.with_options({"seed_below": "never"}).text_weights(texts)
-        seed = (self.context_router.text_weights(texts)[:, len(self.clusters) :].sum(axis=1) > 0).tolist()
-        for one, weights, stands_in in zip(texts, of_clusters, seed, strict=True):
+        router, experts = self.context_router, len(self.clusters)
+        weights_NW = router.text_weights(texts)
+        stands_in_N = weights_NW[:, experts:].sum(axis=1) > 0
+        if np.count_nonzero(stands_in_N):
+            # Where a text would go is told all the same.
+            weights_NW = router.with_options({"seed_below": "never"}).text_weights(texts)
+        for one, weights, stands_in in zip(texts, weights_NW[:, :experts], stands_in_N.tolist(), strict=True):
             order = sorted(np.flatnonzero(weights).tolist(), key=lambda i: (-weights[i], i))
             found = (
                 ClusterWeight(

@@ -1,24 +1,29 @@
-"""Fixtures of the tests that talk to one coordinator for a whole module; a module may put its own in their place."""
+"""Fixtures that several modules share; a module may put its own in their place."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
 from cbtm_common.rpc import Connection
-from tests.support.coordinator import RunningCoordinator, running_coordinator
-
-
-@pytest.fixture(scope="module")
-def coordinator(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[RunningCoordinator]:
-    with running_coordinator(tmp_path_factory.mktemp(request.path.stem)) as running:
-        yield running
+from tests.support.coordinator import RunningCoordinator
 
 
 @pytest.fixture(scope="module")
 def admin(coordinator: RunningCoordinator) -> Iterator[Connection]:
     with coordinator.connect(coordinator.token("admin")) as connection:
         yield connection
+
+
+@pytest.fixture
+def any_k(model: Any) -> Iterator[Any]:
+    """The module's `model`, an ensemble as one transformers model, with as many experts mixed as asked for."""
+
+    def chosen(top_k: int) -> Any:
+        model.set_routing(top_k=top_k)
+        return model
+
+    yield chosen
+    model.set_routing(top_k=2)

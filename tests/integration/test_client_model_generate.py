@@ -8,13 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.support.causal_lm import CONTEXT, brute_greedy, load, new_tokens, padded, prompts_of, save_ensemble
+from tests.support.causal_lm import CONTEXT, TOP_K, brute_greedy, load, new_tokens, padded, prompts_of, save_ensemble
 from tests.support.ensembles import random_texts
 from tests.support.models import EOS_TOKEN_ID
 
 pytestmark = pytest.mark.integration
-
-TOP_K = [1, 2, 4]
 
 
 @pytest.fixture(scope="module")
@@ -25,16 +23,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def model(folder: Path) -> Any:
     return load(folder)
-
-
-@pytest.fixture
-def any_k(model: Any) -> Any:
-    def chosen(top_k: int) -> Any:
-        model.set_routing(top_k=top_k)
-        return model
-
-    yield chosen
-    model.set_routing(top_k=2)
 
 
 class TestGenerate:

@@ -9,6 +9,8 @@ from tests.support.ensembles import brute_force_log_probs, make_parts, random_te
 from tests.support.models import EOS_TOKEN_ID, Architecture
 
 CONTEXT = 64
+# Of what `any_k` is tried with; ensembles are opened with 2.
+TOP_K = [1, 2, 4]
 
 
 def save_ensemble(root: Path, architecture: Architecture) -> Path:

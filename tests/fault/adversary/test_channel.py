@@ -6,7 +6,6 @@ import contextlib
 import shutil
 import socket
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -23,22 +22,10 @@ from cbtm_common.rpc import Connection, RetryPolicy, connect
 from cbtm_common.security import Security, join_token, split_token
 from cbtm_coordinator.config import CoordinatorConfig
 from cbtm_coordinator.tls import Authority, Certificates
-from tests.support.coordinator import RunningCoordinator, running_coordinator
+from tests.support.coordinator import RunningCoordinator
 from tests.support.raw_run import RawWorker
 
 pytestmark = pytest.mark.integration
-
-
-@pytest.fixture(scope="module")
-def coordinator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningCoordinator]:
-    with running_coordinator(tmp_path_factory.mktemp("channel")) as running:
-        yield running
-
-
-@pytest.fixture
-def worker(coordinator: RunningCoordinator) -> Iterator[RawWorker]:
-    with contextlib.closing(RawWorker(coordinator, name="honest")) as made:
-        yield made
 
 
 class Impostor:

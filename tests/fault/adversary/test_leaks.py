@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,22 +12,10 @@ from cbtm_api.v1 import admin_service_pb2 as ad
 from cbtm_common.errors import PermissionDenied, Unauthenticated
 from cbtm_common.rpc import Credential
 from cbtm_common.security import split_token
-from tests.support.coordinator import RunningCoordinator, running_coordinator
+from tests.support.coordinator import RunningCoordinator
 from tests.support.raw_run import RawWorker
 
 pytestmark = pytest.mark.integration
-
-
-@pytest.fixture(scope="module")
-def coordinator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningCoordinator]:
-    with running_coordinator(tmp_path_factory.mktemp("leaks")) as running:
-        yield running
-
-
-@pytest.fixture
-def worker(coordinator: RunningCoordinator) -> Iterator[RawWorker]:
-    with contextlib.closing(RawWorker(coordinator, name="honest")) as made:
-        yield made
 
 
 def test_ps_does_not_show_a_token(coordinator: RunningCoordinator, tmp_path: Path) -> None:
