@@ -9,6 +9,7 @@ import pytest
 
 from cbtm_common.rpc import Connection
 from tests.support.coordinator import RunningCoordinator
+from tests.support.ensembles import build, make_parts
 
 
 @pytest.fixture(scope="module")
@@ -27,3 +28,13 @@ def any_k(model: Any) -> Iterator[Any]:
 
     yield chosen
     model.set_routing(top_k=2)
+
+
+@pytest.fixture(scope="module", params=["llama", "gpt2"])
+def parts(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return make_parts(tmp_path_factory.mktemp(request.param), experts=4, architecture=request.param)
+
+
+@pytest.fixture(scope="module")
+def model(parts: Any) -> Any:
+    return build(parts)

@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.integration.test_client_ensemble import build
-from tests.support.ensembles import learned_router, make_parts, random_texts
+from tests.support.ensembles import build, learned_router, make_parts, random_texts
 
 pytestmark = pytest.mark.integration
 
@@ -90,6 +89,12 @@ def test_the_seed_stands_in_where_no_cluster_weighs_enough(model: Any, texts: li
     assert found.perplexity == pytest.approx(some.perplexity, rel=1e-5)
     assert found.seed_share == pytest.approx(some.seed_share)
     assert sum(found.expert_share.values()) == pytest.approx(1 - some.seed_share)
+    for told, plain in zip(seeded.route(texts), view.route(texts), strict=True):
+        assert [w.cluster_id for w in told.weights] == [w.cluster_id for w in plain.weights]
+        np.testing.assert_allclose([w.weight for w in told.weights], [w.weight for w in plain.weights], rtol=1e-9)
+        heaviest = view.with_routing(top_k="all").route(told.text).top.weight
+        assert told.seed_stands_in == (heaviest < 0.45)
+        assert not plain.seed_stands_in
     evaluated = evaluate(seeded, scored)
     assert evaluated.perplexity["top2"] == pytest.approx(some.perplexity, rel=1e-5)
     assert (evaluated.seed_below, evaluated.seed_share) == (0.45, pytest.approx(some.seed_share))

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from tests.support.ensembles import brute_force_log_probs, learned_router, make_parts, random_texts
+from tests.support.ensembles import brute_force_log_probs, build, greedy_by_brute_force, make_parts, random_texts
 from tests.support.models import EOS_TOKEN_ID
 
 pytestmark = pytest.mark.integration
@@ -17,41 +16,8 @@ pytestmark = pytest.mark.integration
 TOP_K = [1, 2, None]
 
 
-def build(parts: Any, **options: Any) -> Any:
-    import torch
-
-    from cbtm._ensemble import Ensemble
-    from cbtm._residency import Placement
-
-    torch.set_num_threads(1)
-    placement = Placement(**{k: v for k, v in options.items() if k in ("max_experts", "max_bytes", "dtype", "device")})
-    return Ensemble._of(parts, placement, top_k=options.get("top_k"), temperature=options.get("temperature"))
-
-
-@pytest.fixture(scope="module", params=["llama", "gpt2"])
-def parts(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return make_parts(tmp_path_factory.mktemp(request.param), experts=4, architecture=request.param)
-
-
-@pytest.fixture(scope="module")
-def model(parts: Any) -> Any:
-    return build(parts)
-
-
 def with_k(model: Any, top_k: int | None) -> Any:
     return model.with_routing(top_k="all" if top_k is None else top_k)
-
-
-def greedy_by_brute_force(model: Any, prompt: str, *, top_k: int | None, tokens: int) -> list[int]:
-    ids = [EOS_TOKEN_ID, *model.encode(prompt)]
-    added: list[int] = []
-    while len(added) < tokens and len(ids) < model.pool.context:
-        token = int(brute_force_log_probs(model, ids, top_k=top_k).argmax())
-        if token == EOS_TOKEN_ID:
-            break
-        added.append(token)
-        ids.append(token)
-    return added
 
 
 @pytest.mark.parametrize("top_k", TOP_K)
@@ -151,28 +117,6 @@ def test_only_experts_that_some_token_needs_are_loaded(parts: Any) -> None:
     model.score(text)
     assert set(model.pool.resident) == set(np.flatnonzero(weights.any(axis=0)).tolist())
     assert len(model.pool.resident) < 4
-
-
-def test_a_saved_ensemble_gives_the_same_numbers_from_its_folder_alone(model: Any, tmp_path: Path) -> None:
-    from cbtm import Ensemble
-
-    texts = random_texts(3, seed=31)
-    model.save(tmp_path / "saved")
-    again = Ensemble.load(tmp_path / "saved")
-    assert again.routing == model.routing
-    assert again.clusters == model.clusters
-    assert again.route(texts) == model.route(texts)
-    assert again.generate(texts, max_new_tokens=6) == model.generate(texts, max_new_tokens=6)
-    assert again.perplexity(texts) == model.perplexity(texts)
-
-
-def test_every_expert_of_a_saved_ensemble_loads_alone(model: Any, tmp_path: Path) -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    model.save(tmp_path / "saved")
-    for place in ["experts/0000", "experts/0003", "seed"]:
-        AutoModelForCausalLM.from_pretrained(tmp_path / "saved" / place)
-    assert AutoTokenizer.from_pretrained(tmp_path / "saved").get_vocab() == model.tokenizer.get_vocab()
 
 
 def test_clusters_without_an_expert_give_their_weight_to_the_others(tmp_path: Path) -> None:
@@ -400,175 +344,3 @@ def test_an_evaluation_agrees_with_scoring_each_mixture(model: Any) -> None:
         alone = model.with_routing(weights={cluster.cluster_id: 1.0}).perplexity(own)
         assert cluster.perplexity["expert"] == pytest.approx(alone.perplexity, rel=1e-5)
     assert found.to_dict()["perplexity"]["top2"] == found.perplexity["top2"]
-
-
-class TestMistakes:
-    def test_more_experts_than_there_are(self, parts: Any) -> None:
-        from cbtm import InvalidArgument
-
-        with pytest.raises(InvalidArgument, match="top_k: 5 is not between 1 and 4"):
-            build(parts, top_k=5)
-
-    def test_an_empty_prompt(self, model: Any) -> None:
-        from cbtm import InvalidArgument
-
-        with pytest.raises(InvalidArgument, match="prompt: number 2 is empty"):
-            model.generate(["river", ""])
-
-    def test_a_prompt_longer_than_the_context(self, model: Any) -> None:
-        from cbtm import InvalidArgument
-
-        with pytest.raises(InvalidArgument, match="the experts' context holds 63"):
-            model.generate("river stone " * 40)
-
-    def test_a_device_that_does_not_exist(self, parts: Any) -> None:
-        from cbtm import InvalidArgument
-
-        for name in ("cuda:99", "abacus"):
-            with pytest.raises(InvalidArgument, match=f"device: '{name}'"):
-                build(parts, device=name)
-
-    def test_experts_of_two_vocabularies(self, tmp_path: Path) -> None:
-        from cbtm import InvalidArgument
-        from tests.support.models import make_tiny_model
-
-        parts = make_parts(tmp_path, experts=2)
-        make_tiny_model(tmp_path / "model1", vocab_size=310, hidden_size=16)
-        with pytest.raises(InvalidArgument, match="expert 1 and expert 0 do not fit together: vocab_size"):
-            build(parts)
-
-    def test_experts_of_two_architectures(self, tmp_path: Path) -> None:
-        from cbtm import InvalidArgument
-        from tests.support.models import make_tiny_model
-
-        parts = make_parts(tmp_path, experts=2)
-        make_tiny_model(tmp_path / "model1", architecture="gpt2", vocab_size=300, hidden_size=16)
-        with pytest.raises(InvalidArgument, match="model_type is 'gpt2' in one and 'llama' in the other"):
-            build(parts)
-
-    def test_experts_of_two_contexts(self, tmp_path: Path) -> None:
-        from cbtm import InvalidArgument
-        from tests.support.models import make_tiny_model
-
-        parts = make_parts(tmp_path, experts=2)
-        make_tiny_model(tmp_path / "model1", vocab_size=300, hidden_size=16, context=32)
-        with pytest.raises(InvalidArgument, match="max_position_embeddings is 32 in one and 64 in the other"):
-            build(parts)
-
-    def test_an_expert_that_brings_another_tokenizer(self, tmp_path: Path) -> None:
-        import shutil
-
-        from cbtm import InvalidArgument
-        from tests.support.ensembles import WORDS
-        from tests.support.models import make_tiny_tokenizer
-
-        parts = make_parts(tmp_path, experts=2)
-        shutil.copyfile(tmp_path / "tokenizer/tokenizer.json", tmp_path / "model0/tokenizer.json")
-        make_tiny_tokenizer(tmp_path / "other", [" ".join(WORDS[12:])] * 3, vocab_size=300)
-        shutil.copyfile(tmp_path / "other/tokenizer.json", tmp_path / "model1/tokenizer.json")
-        model = build(parts)
-        assert model.with_routing(weights=[1.0, 0.0]).score("river").log_prob < 0
-        with pytest.raises(InvalidArgument, match="expert 1: its tokenizer is not the ensemble's"):
-            model.with_routing(weights=[0.0, 1.0]).score("river")
-
-    def test_a_tokenizer_with_more_ids_than_the_experts_know(self, tmp_path: Path) -> None:
-        from cbtm import InvalidArgument
-        from tests.support.ensembles import WORDS
-        from tests.support.models import make_tiny_tokenizer
-
-        parts = make_parts(tmp_path, experts=2)
-        make_tiny_tokenizer(tmp_path / "tokenizer", [" ".join(WORDS)] * 3, vocab_size=400)
-        with pytest.raises(InvalidArgument, match=r"tokenizer: it has .* ids and the experts know 300"):
-            build(parts)
-
-    def test_a_damaged_and_a_missing_expert_file(self, model: Any, tmp_path: Path) -> None:
-        from cbtm import Ensemble, IntegrityError
-
-        model.save(tmp_path / "saved")
-        weights = tmp_path / "saved/experts/0001/model.safetensors"
-        data = bytearray(weights.read_bytes())
-        data[-1] ^= 1
-        weights.write_bytes(data)
-        with pytest.raises(IntegrityError, match=r"expert 1: .*model.safetensors is damaged"):
-            Ensemble.load(tmp_path / "saved", top_k="all").score("river")
-        weights.unlink()
-        with pytest.raises(IntegrityError, match=r"expert 1: .*model.safetensors is missing"):
-            Ensemble.load(tmp_path / "saved", top_k="all").score("river")
-
-    def test_truncated_weights_in_a_plain_folder(self, tmp_path: Path) -> None:
-        from cbtm import IntegrityError
-
-        parts = make_parts(tmp_path, experts=2)
-        weights = tmp_path / "model0/model.safetensors"
-        weights.write_bytes(weights.read_bytes()[:-100])
-        with pytest.raises(IntegrityError, match=r"expert 0: .* cannot be"):
-            build(parts, top_k="all").score("river")
-
-    def test_an_expert_over_the_byte_budget(self, parts: Any) -> None:
-        from cbtm import ResourceExhausted
-
-        with pytest.raises(ResourceExhausted, match=r"max_bytes: expert . takes"):
-            build(parts, max_bytes=1000).score("river")
-
-    def test_nothing_to_score(self, model: Any) -> None:
-        from cbtm import InvalidArgument
-
-        assert model.score("").log_prob == 0
-        with pytest.raises(InvalidArgument, match="texts: they hold no token"):
-            model.perplexity([""])
-
-    def test_saving_over_something_else(self, model: Any, tmp_path: Path) -> None:
-        from cbtm import AlreadyExists
-
-        (tmp_path / "notes.txt").write_text("mine")
-        for overwrite in (False, True):
-            with pytest.raises(AlreadyExists):
-                model.save(tmp_path, overwrite=overwrite)
-        assert (tmp_path / "notes.txt").read_text() == "mine"
-        model.save(tmp_path / "saved")
-        model.save(tmp_path / "saved", overwrite=True)
-        assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
-
-
-@pytest.mark.parametrize(
-    "routing",
-    [
-        {"top_k": 1, "temperature": 0.7},
-        {"top_k": "all", "distance": "quartic"},
-        {"policy": "prompt"},
-        {"weights": [0.0, 1.0, 3.0, 0.0]},
-        {"interval": 2, "settle_after": 5},
-    ],
-    ids=lambda routing: "-".join(routing),
-)
-def test_a_saved_ensemble_is_mixed_as_it_was(model: Any, tmp_path: Path, routing: dict[str, Any]) -> None:
-    from transformers import AutoModelForCausalLM
-
-    from cbtm import Ensemble
-
-    view = model.with_routing(**routing)
-    view.save(tmp_path / "ensemble")
-    loaded = Ensemble.load(tmp_path / "ensemble")
-    wanted = view.score("stone window", prompts="river harbor")
-    assert loaded.score("stone window", prompts="river harbor") == wanted
-    assert loaded.generate("river", max_new_tokens=4) == view.generate("river", max_new_tokens=4)
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "ensemble")
-    again.save_pretrained(tmp_path / "again")
-    assert Ensemble.load(tmp_path / "again").score("stone window", prompts="river harbor") == wanted
-    # What is asked for comes first.
-    assert Ensemble.load(tmp_path / "ensemble", top_k=2, temperature=0.2).routing.temperature == 0.2
-
-
-def test_a_learned_router_weighs_by_token_and_is_saved_with_the_ensemble(parts: Any, tmp_path: Path) -> None:
-    from cbtm import Ensemble
-
-    model = build(replace(parts, router=learned_router(parts.router)))
-    ids = [EOS_TOKEN_ID, *model.encode("river harbor stone window")]
-    found = model.with_routing(top_k=2).log_probs([ids]).numpy()[0]
-    for t in range(len(ids)):
-        np.testing.assert_allclose(found[t], brute_force_log_probs(model, ids[: t + 1], top_k=2), atol=1e-5)
-    prompt = "stone window"
-    generated = model.with_routing(top_k=1).generate(prompt, max_new_tokens=5)
-    assert list(generated.token_ids) == greedy_by_brute_force(model, prompt, top_k=1, tokens=5)
-    model.save(tmp_path / "ensemble")
-    assert Ensemble.load(tmp_path / "ensemble").score("stone window") == model.score("stone window")

@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.integration.test_client_ensemble import build
-from tests.support.ensembles import make_parts, random_texts
+from tests.support.ensembles import build, make_parts, random_texts
 from tests.support.models import EOS_TOKEN_ID
 
 pytestmark = pytest.mark.integration

@@ -11,8 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.integration.test_client_ensemble import build
-from tests.support.ensembles import brute_force_log_probs, make_parts, random_texts
+from tests.support.ensembles import brute_force_log_probs, build, make_parts, random_texts
 from tests.support.models import EOS_TOKEN_ID
 
 pytestmark = pytest.mark.integration

@@ -145,3 +145,27 @@ def brute_force_log_probs(model: Any, ids: Sequence[int], *, top_k: int | None) 
 
 
 _LOADED: dict[Path, Any] = {}
+
+
+def build(parts: Any, **options: Any) -> Any:
+    """An ensemble of `parts`; `options` as of its constructors."""
+    import torch
+
+    from cbtm._ensemble import Ensemble
+    from cbtm._residency import Placement
+
+    torch.set_num_threads(1)
+    placement = Placement(**{k: v for k, v in options.items() if k in ("max_experts", "max_bytes", "dtype", "device")})
+    return Ensemble._of(parts, placement, top_k=options.get("top_k"), temperature=options.get("temperature"))
+
+
+def greedy_by_brute_force(model: Any, prompt: str, *, top_k: int | None, tokens: int) -> list[int]:
+    ids = [EOS_TOKEN_ID, *model.encode(prompt)]
+    added: list[int] = []
+    while len(added) < tokens and len(ids) < model.pool.context:
+        token = int(brute_force_log_probs(model, ids, top_k=top_k).argmax())
+        if token == EOS_TOKEN_ID:
+            break
+        added.append(token)
+        ids.append(token)
+    return added
